@@ -4,10 +4,20 @@ The default corpus: what every Python already has, so it needs no network. Two d
     prose   English: the topics of Python's help() and the standard library's docstrings, prose paragraphs only
     code    Python: the standard library's source without its docstrings
 
-About 1.0 MB of prose and 2.5 MB of code (--code_bytes). PSF licence, (c) Python Software Foundation.
+About 1.3 MB of prose and 2.5 MB of code (--code_bytes). PSF licence, (c) Python Software Foundation.
 
     python data/stdlib/prepare.py                        # BPE of 4096 tokens; about 8 s on 2 cores
     python data/stdlib/prepare.py --tokenizer=bytes
+
+Seen on CPython 3.11 (3.10 to 3.13 differ by a few per cent)
+          train  prose   354 documents   1,206,556 bytes   315,723 tokens   3.82 bytes per token
+                 code    154             2,265,737         644,515          3.52
+          val    prose    37                77,454          20,220
+                 code     20               246,349          69,933
+
+A tenth of all files and topics is held out, in both domains at once: no held-out module is seen in training, as
+code or as docstring. Inside the standard library texts are copied from file to file, so a paragraph of prose that
+was met before is dropped.
 """
 import ast
 import hashlib

@@ -1,0 +1,33 @@
+"""
+Tiny Shakespeare: 1.1 MB of his plays in one file. Public domain.
+From https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+
+Train is the first 90 % of the characters, val the rest: nanoGPT's split, so that losses in bits per byte compare
+(its loss in nats per character / ln 2; the file is pure ASCII, so a character is a byte).
+
+    python data/shakespeare/prepare.py                          # BPE of 1024 tokens, 2 s
+    python data/shakespeare/prepare.py --data_dir=FOLDER        # FOLDER/input.txt is there already
+    python data/shakespeare/prepare.py --tokenizer=bytes        # one token a character, as nanoGPT's *_char
+
+Expect    train 1,003,854 bytes    411,599 tokens (bpe)
+          val     111,540 bytes     49,448 tokens
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import TOKENIZERS, fetch, make_tokenizer, read_text, run, write_text
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def main(args):
+    text = read_text(fetch("input.txt", URL, args, SHA256))
+    cut = int(len(text) * 0.9)
+    splits = {"train": {"shakespeare": [text[:cut]]}, "val": {"shakespeare": [text[cut:]]}}
+    write_text(args.out_dir, make_tokenizer(args.tokenizer, args.vocab_size, [text[:cut]]), splits, URL)
+
+
+if __name__ == "__main__":
+    run(main, __file__, __doc__, data_dir="", tokenizer=TOKENIZERS, vocab_size=1024)
