@@ -1,0 +1,453 @@
+"""
+Expert parallelism: the only file that knows about ranks. `torchrun train.py` equals one process.
+
+    world = data parallel x expert parallel, for 8 ranks and ep = 4, two ranks a node:
+
+                    node 0            node 1            node 2            node 3
+        rank      0       1         2       3         4       5         6       7
+        experts  0..3    4..7      8..11  12..15     0..3    4..7      8..11  12..15      (E = 16)
+                 `------- an ep group --------'     `------- an ep group --------'
+        ranks 0 and 4 hold the same experts: they are replicas, the "dp group" of those experts.
+
+Decisions, each with what was measured (2 CPU cores, gloo) or what went wrong elsewhere:
+
+* A rank's loss is its share of the global loss (local sum / global target count), so gradients are only
+  summed, never divided. Means of per-rank means were 100% to 160% off with ragged target counts; experts
+  that were divided once too often showed a loss curve that looked fine.
+* Moving rows is a permutation, and the transpose of a permutation is its inverse: the backward of
+  to_experts is to_tokens and the other way round. One autograd function; public all_to_all_single only.
+* One exchange of counts a layer, never computed twice: with a wrong split gloo delivers garbage silently.
+* Every rank takes part in every backward exchange, whatever the code between the exchanges returns (see
+  `tie`): a rank without rows that steps out of the graph hangs all others.
+* Two-level exchange (Tutel's 2D hierarchical all-to-all, arXiv 2206.03382): the same bytes between nodes
+  in fewer, larger messages. No gain on one machine (5.6 against 5.75 ms); it is for slow networks.
+* Gradients travel as one flat message per group: 217 ms a step against 326 per tensor and 238 with DDP.
+  The message never depends on which gradients exist, because its layout decides the rounding.
+* Detect NaN with a sum: gloo's MAX swallows a NaN, depending on the rank that has it.
+* A module is marked by its attribute `sharded`, not its parameters: copy.deepcopy loses their attributes.
+* Checkpoints hold all experts by global id in one file, so any number of ranks can load it. torch.load
+  does not verify checksums (one flipped bit loads silently), zipfile.testzip does: 0.05 s per 100 MB.
+* torchrun keeps one store over restarts and gloo then dials dead peers (13 of 19 restarts failed): a
+  prefix per attempt cures it (0 failures in 48).
+
+Letters: D model width, E experts, M rows (a token sent to k experts is k rows), W ranks.
+"""
+import os
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import chain
+from math import gcd
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as td
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+class Back(NamedTuple):
+    """What to_tokens needs to bring the rows home."""
+    table: torch.Tensor          # (ep, E) int64 on the device: rows from each rank of the ep group
+    sizes: torch.Tensor | None   # (ep source, ep target, E/ep) the same on the CPU; None when nothing travels
+    tie: torch.Tensor | None     # a zero that ties the way home to the way there, see Travel
+
+
+@dataclass(eq=False)
+class Mesh:
+    """Where this rank stands. Mesh() is the single process: every method works and changes nothing."""
+    rank: int = 0
+    world: int = 1
+    ep: int = 1                  # ranks that share one set of experts
+    local: int = 1               # ranks per node, real or simulated
+    device: torch.device = torch.device("cpu")
+    two_level: bool = False      # exchange within nodes first, then between nodes
+    groups: dict = field(default_factory=dict)     # "ep", "dp"; "intra", "inter" if ep spans nodes
+
+    def __post_init__(self):
+        self.main = self.rank == 0
+        self.ep_rank, self.dp = self.rank % self.ep, self.world // self.ep
+        self.node, self.n_nodes = self.rank // self.local, self.world // self.local
+
+    def __deepcopy__(self, memo):
+        return self              # process groups cannot be copied, models that hold a mesh can
+
+    # -- small collectives: every rank calls them, in the same order -----------------------------------------
+
+    def all_reduce(self, t, group="world"):
+        """Sum of a detached tensor (ints, float32, float64; bfloat16 would round) over a group."""
+        t = t.detach().clone(memory_format=torch.contiguous_format)
+        if self.groups:
+            td.all_reduce(t, group=self.groups.get(group))
+        return t
+
+    def sum(self, t):
+        """Global sum, the same bits everywhere, with a local gradient: gradients are summed later anyway."""
+        return self.all_reduce(t) + (t - t.detach()) if self.groups else t
+
+    def any(self, flag):
+        """True on every rank if the flag (bool or tensor) is true on one."""
+        return bool(self.all_reduce(torch.as_tensor(flag, device=self.device).any().long()))
+
+    def from_main(self, value):
+        """Rank 0's value (any small picklable) on every rank."""
+        box = [value]
+        if self.groups:
+            td.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self):
+        self.any(False)
+
+    def close(self):
+        """End of a good run. The barrier keeps a quick rank from hanging up on the others."""
+        if self.groups:
+            self.barrier()
+            td.destroy_process_group()
+
+    # -- rows to experts and back ----------------------------------------------------------------------------
+
+    def to_experts(self, rows, counts):
+        """rows (M, ...) sorted by global expert id, counts (E,) int64 -> (my rows, my counts (E/ep,), back).
+
+        My rows come expert by expert, each expert's in order of source rank: the order one process has on the
+        concatenated batch. Any M on any rank, also 0. Waits for the counts, the one host sync of a layer.
+        """
+        if self.ep == 1:
+            return rows, counts, Back(counts[None], None, None)
+        table = counts.new_empty(self.ep, len(counts))
+        td.all_gather(list(table), counts.contiguous(), group=self.groups["ep"])
+        sizes = table.view(self.ep, self.ep, -1)
+        my_counts = sizes[:, self.ep_rank].sum(0)
+        sizes = sizes.cpu()
+        if torch.is_grad_enabled() and rows.is_floating_point() and not rows.requires_grad:
+            rows = rows.detach().requires_grad_()      # frozen below: take part in backward all the same
+        rows, tie = Travel.apply(rows, None, sizes, self)
+        return rows, my_counts, Back(table, sizes, tie)
+
+    def to_tokens(self, rows, back):
+        """The inverse: rows in the order to_experts gave (any width) -> (M, ...) in the order it took."""
+        return rows if back.sizes is None else Travel.apply(rows, back.tie, back.sizes, self)[0]
+
+    def traffic(self, table, row_bytes):
+        """Rows this rank sends, by distance: 0-dim tensors tokens_rank, tokens_node, tokens_far and bytes_*.
+
+        One way, by final target (the way home is the same again, so is backward). Sum over ranks to log.
+        """
+        sent = table[self.ep_rank].view(self.ep, -1).sum(1)
+        peer = torch.arange(self.ep, device=table.device) + self.rank - self.ep_rank
+        stays, near = peer == self.rank, peer // self.local == self.node
+        tokens = {"rank": sent[stays].sum(), "node": sent[near & ~stays].sum(), "far": sent[~near].sum()}
+        return {name: v for k, n in tokens.items() for name, v in ((f"tokens_{k}", n), (f"bytes_{k}", n * row_bytes))}
+
+    # -- gradients -------------------------------------------------------------------------------------------
+
+    def sync_grads(self, model):
+        """Sum gradients: dense over the world, experts over their replicas (the exchange summed the rest).
+
+        A missing gradient counts as zero and becomes zero: AdamW then does the same on any number of ranks.
+        """
+        experts = expert_ids(model)
+        params = [p for p in model.parameters() if p.requires_grad]
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for group, inside in (("world", False), ("dp", True)):
+            part = [p for p in params if (id(p) in experts) == inside]
+            if part and self.groups:
+                wide = torch.float64 if any(p.dtype == torch.float64 for p in part) else torch.float32
+                flat = torch.cat([p.grad.flatten().to(wide) for p in part])
+                td.all_reduce(flat, group=self.groups.get(group))
+                for p, g in zip(part, flat.split([p.numel() for p in part])):
+                    p.grad.copy_(g.view_as(p))
+
+    def clip_grad_norm(self, model, max_norm):
+        """Scale gradients to the global norm max_norm (0: only measure). Returns the norm before, 0-dim.
+
+        Call after sync_grads. Each expert counts once and every rank gets the same bits (gathered, then summed
+        in fixed order), so `if not norm.isfinite(): skip` is taken by all ranks or by none.
+        """
+        experts = expert_ids(model)
+        params = [p for p in model.parameters() if p.grad is not None]
+        dense = get_total_norm([p.grad for p in params if id(p) not in experts]).to(self.device)
+        mine = get_total_norm([p.grad for p in params if id(p) in experts]).to(self.device)
+        norm = (dense ** 2 + self.whole(mine.view(1) ** 2).sum()).sqrt()
+        if max_norm:
+            clip_grads_with_norm_(params, max_norm, norm)
+        return norm
+
+    # -- experts by global id --------------------------------------------------------------------------------
+
+    def whole(self, t):
+        """This rank's (E/ep, ...) slice -> (E, ...), on every rank."""
+        if self.ep == 1:
+            return t
+        mine = t.detach().to(self.device).contiguous()
+        full = mine.new_empty(self.ep * len(mine), *mine.shape[1:])
+        td.all_gather(list(full.chunk(self.ep)), mine, group=self.groups["ep"])
+        return full.to(t.device)
+
+    def part(self, t):
+        """(E, ...) -> a copy of this rank's (E/ep, ...) slice."""
+        return t if self.ep == 1 else t.view(self.ep, -1, *t.shape[1:])[self.ep_rank].clone()
+
+
+# -- start ---------------------------------------------------------------------------------------------------
+
+def layout(world, n_experts, ep=0, local=0, two_level=False):
+    """Checked (ep, ranks per node). The defaults: the largest ep that fits, one node."""
+    ep, local, fits = ep or gcd(world, n_experts or 1), local or world, gcd(world, n_experts or 1)
+    if ep < 1 or fits % ep:
+        good = ", ".join(str(n) for n in range(1, fits + 1) if fits % n == 0)
+        raise ValueError(f"ep={ep} must divide the {world} ranks and the {n_experts} experts: choose from {good}")
+    if local < 1 or world % local:
+        good = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"ranks_per_node={local} must divide the {world} ranks: choose from {good}")
+    if two_level and ep % local and local % ep:
+        raise ValueError(f"two_level needs ep={ep} to be a multiple or a divisor of ranks_per_node={local}")
+    return ep, local
+
+
+def make_mesh(rank, world, n_experts, ep=0, local=0, device="cpu", two_level=False, timeout=600):
+    """The mesh on top of an existing process group: every rank builds all groups, in the same order."""
+    ep, local = layout(world, n_experts, ep, local, two_level)
+    mesh = Mesh(rank, world, ep, local, torch.device(device), two_level)
+    lists = {"ep": [range(s, s + ep) for s in range(0, world, ep)],
+             "dp": [range(s, world, ep) for s in range(ep)]}
+    if ep > local and ep % local == 0:
+        lists["intra"] = [range(s, s + local) for s in range(0, world, local)]
+        lists["inter"] = [range(s + i, s + ep, local) for s in range(0, world, ep) for i in range(local)]
+    for name, ranks in lists.items():
+        ranks = [list(r) for r in ranks]
+        mesh.groups[name], _ = td.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=timeout))
+    return mesh
+
+
+def init(n_experts, ep=0, ranks_per_node=0, timeout=600, device=None, two_level=False):
+    """Mesh from torchrun's environment; without it the single process.
+
+    NCCL when there is a GPU for every local rank, else gloo (on the CPU unless device says "cuda"). A hanging
+    collective ends after `timeout` seconds. ValueError, the same on every rank, when the numbers do not fit.
+    """
+    gpus = torch.cuda.device_count() if "cuda" in str(device or "cuda") else 0
+    if "WORLD_SIZE" not in os.environ:
+        layout(1, n_experts, ep, ranks_per_node, two_level)
+        return Mesh(device=torch.device(device or ("cuda" if gpus else "cpu")))
+    needs = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    if missing := [name for name in needs if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is set but not {', '.join(missing)}: start with torchrun or unset it")
+    rank, world, slot, slots = (int(os.environ[name]) for name in needs[:4])
+    ep, local = layout(world, n_experts, ep, ranks_per_node or slots, two_level)
+    if gpus >= slots or (gpus and device):
+        device = f"cuda:{slot % gpus}"         # two NCCL ranks cannot share a GPU, two gloo ranks can
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout)
+    store, rank, world = next(td.rendezvous("env://", timeout=limit))
+    store = td.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if gpus >= slots else "gloo"
+    td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    return make_mesh(rank, world, n_experts, ep, local, device or "cpu", two_level, timeout)
+
+
+# -- all-to-all ----------------------------------------------------------------------------------------------
+
+def swap(x, sizes):
+    """Block transpose: x holds A x B blocks of rows, sizes (A, B), b fastest -> the same blocks, a fastest.
+
+        sizes [[2, 1], [1, 3]]:   a0b0 a0b0 a0b1 a1b0 a1b1 a1b1 a1b1  ->  a0b0 a0b0 a1b0 a0b1 a1b1 a1b1 a1b1
+    """
+    blocks, n = x.split(sizes.flatten().tolist()), sizes.shape[1]
+    return torch.cat([block for b in range(n) for block in blocks[b::n]])
+
+
+def send(x, to, frm, group):
+    """One all_to_all_single: `to[r]` rows to each rank of the group, `frm[r]` rows from each."""
+    out = x.new_empty(int(frm.sum()), *x.shape[1:])
+    td.all_to_all_single(out, x.contiguous(), frm.tolist(), to.tolist(), group=group)
+    return out
+
+
+def exchange(x, c, mesh):
+    """x: my rows by target rank, c (ep, ep): number of rows from each source to each target -> by source."""
+    r, m = mesh.ep_rank, mesh.local
+    if not mesh.two_level or "inter" not in mesh.groups:
+        return send(x, c[r], c[:, r], mesh.groups["ep"])
+    # A rank is (node, slot). First to the right slot on my own node, then to the right node:
+    #   mine, by target        (node', slot')  -swap->  (slot', node')
+    #   send within the node   (slot, node')   -swap->  (node', slot)     my node's rows for my slot
+    #   send between nodes     (node, slot)    = in order of source rank, as in the flat exchange
+    a, b = divmod(r, m)
+    c = c.reshape(mesh.ep // m, m, mesh.ep // m, m)
+    held = c[a, :, :, b]                            # (slot, node')
+    x = send(swap(x, c[a, b]), c[a, b].sum(0), held.sum(1), mesh.groups["intra"])
+    return send(swap(x, held), held.sum(0), c[:, :, a, b].sum(1), mesh.groups["inter"])
+
+
+def there(x, sizes, mesh):
+    """by (target rank, its expert) = by global expert -> by (source, my expert) -> by (my expert, source)."""
+    return swap(exchange(x, sizes.sum(2), mesh), sizes[:, mesh.ep_rank])
+
+
+def home(x, sizes, mesh):
+    """The inverse of there, step by step."""
+    return exchange(swap(x, sizes[:, mesh.ep_rank].T), sizes.sum(2).T, mesh)
+
+
+class Travel(torch.autograd.Function):
+    """`there` when tie is None, else `home`; backward is the other one.
+
+    There returns a zero that home takes in again. It costs nothing and puts both backward exchanges on every
+    rank's tape, even where the experts in between return something unconnected (got no rows, are frozen).
+    """
+    @staticmethod
+    def forward(ctx, x, tie, sizes, mesh):
+        ctx.go, ctx.back = (there, home) if tie is None else (home, there)
+        ctx.sizes, ctx.mesh = sizes, mesh
+        return ctx.go(x, sizes, mesh), x.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        grad = ctx.back(grad, ctx.sizes, ctx.mesh)
+        return grad, None if ctx.go is there else grad.new_zeros(()), None, None
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------
+
+def expert_ids(model):
+    """id() of every tensor of shape (E/ep, ...): parameters and buffers of modules with sharded = True."""
+    modules = [m for m in model.modules() if getattr(m, "sharded", False)]
+    return {id(t) for m in modules for t in chain(m.parameters(), m.buffers()) if t.dim()}
+
+
+def named_tensors(model):
+    """{name: parameter or saved buffer}, a shared one once, under its first name."""
+    saved = model.state_dict()
+    return {name: t for name, t in chain(model.named_parameters(), model.named_buffers()) if name in saved}
+
+
+def named_params(model, optimizer):
+    """{name: parameter}, in the optimizer's order."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = optimizer.param_groups if optimizer else []
+    return {names[id(p)]: p for group in groups for p in group["params"]}
+
+
+def full_state(model, optimizer, mesh):
+    """{"model": {name: tensor}, "optimizer": {parameter: {exp_avg, exp_avg_sq, step}}}, copies on the CPU.
+
+    Experts whole, by global id. Collective, the same result on every rank. The optimizer's settings are not in
+    it: they are functions of the step. optimizer may be None.
+    """
+    experts = expert_ids(model)
+
+    def full(t, p):
+        t = mesh.whole(t) if id(p) in experts and t.shape == p.shape else t
+        return t.detach().to("cpu", copy=True)
+    return {"model": {name: full(t, t) for name, t in named_tensors(model).items()},
+            "optimizer": {name: {k: full(t, p) for k, t in optimizer.state[p].items() if torch.is_tensor(t)}
+                          for name, p in named_params(model, optimizer).items()}}
+
+
+def load_state(model, optimizer, state, mesh):
+    """Fill model and optimizer in place from full_state's dict, whatever ranks wrote it. No communication.
+
+    ValueError names every tensor that is missing, unknown or of another shape, before anything is changed.
+    """
+    experts, tensors, params = expert_ids(model), named_tensors(model), named_params(model, optimizer)
+    moments = state["optimizer"] if optimizer else {}
+
+    def shape(p):
+        return (len(p) * mesh.ep, *p.shape[1:]) if id(p) in experts else tuple(p.shape)
+
+    def mine(t, p):
+        return mesh.part(t) if id(p) in experts and t.shape == shape(p) else t
+
+    pairs = [(f"{name}", t, state["model"].get(name)) for name, t in tensors.items()]
+    pairs += [(f"optimizer {key} of {name}", p, moments[name][key]) for name, p in params.items()
+              for key in moments.get(name, ()) if key != "step"]
+    wrong = [f"{name} is missing" for name, _, t in pairs if t is None]
+    wrong += [f"{name} is unknown" for name in state["model"] if name not in tensors]
+    wrong += [f"{name} is {tuple(t.shape)} instead of {shape(p)}" for name, p, t in pairs
+              if t is not None and tuple(t.shape) != shape(p)]
+    wrong += [f"optimizer state of {name} is {'missing' if name in params else 'unknown'}"
+              for name in chain(params, moments) if (name in params) != (name in moments)]
+    if wrong:
+        more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise ValueError(f"the checkpoint does not fit this model: {'; '.join(wrong[:12])}{more}")
+
+    with torch.no_grad():
+        for name, t in tensors.items():
+            t.copy_(mine(state["model"][name], t))
+    if optimizer:
+        packed = optimizer.state_dict()
+        packed["state"] = {i: {k: mine(t, p).clone() for k, t in moments[name].items()}
+                           for i, (name, p) in enumerate(params.items()) if moments[name]}
+        optimizer.load_state_dict(packed)
+
+
+def save(path, state):
+    """Write a checkpoint or leave everything as it was: whole file under another name, fsync, rename, fsync.
+
+    OSError, one line, when that fails (disk full, folder not writable). Call on rank 0 only.
+    """
+    path = Path(path)
+    tmp = path.with_name("saving.tmp")         # always the same name: leftovers of killed runs do not pile up
+    try:
+        with open(tmp, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)                   # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:   # torch's zip writer reports a failed write as RuntimeError
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)        # a full disk needs the space back
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise OSError(f"cannot save {path}: {reason}. Earlier checkpoints are untouched") from None
+
+
+def load(path):
+    """Verified checkpoint, on the CPU. OSError: cannot be read. ValueError: damaged. One line each."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if bad := file.testzip():
+                raise ValueError(f"checksum of {bad} differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:                 # a damaged file can make its reader raise anything
+        raise ValueError(f"{path} is damaged: {str(error).split(chr(10))[0]}") from None
+
+
+def checkpoints(folder):
+    """Paths of ckpt_NUMBER.pt in order of the number, oldest first."""
+    paths = [path for path in Path(folder).glob("ckpt_*.pt") if path.stem[5:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem[5:]))
+
+
+def latest(folder):
+    """Path of the newest intact ckpt_NUMBER.pt, None if there is none at all. ValueError if all are damaged.
+
+    With several ranks: mesh.from_main(latest(folder) if mesh.main else None), so that all load the same one.
+    """
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            load(path)
+            return path
+        except (OSError, ValueError) as error:
+            print(f"warning: {error}; trying the one before it", flush=True)
+    if paths:
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
+
+
+def prune(folder, keep=2):
+    """Delete all but the newest `keep` checkpoints."""
+    for path in checkpoints(folder)[:-keep]:
+        path.unlink()
