@@ -1,0 +1,291 @@
+"""
+Transformers whose every other feed-forward layer is a mixture of experts: GPT, RoBERTa, Translator.
+
+One attention, one block, one stack; the three models differ in who may look at whom:
+
+    GPT         decoder, causal                      next token
+    RoBERTa     encoder, everybody sees everybody    masked token
+    Translator  encoder + causal decoder with cross-attention    next target token
+
+Decisions:
+- Blocks are pre-LN in all three (GPT-2's order; RoBERTa and the original Transformer are post-LN, which needs more care
+  to train). Learned positions, tied input and output embeddings, GELU.
+- Layer i is MoE if (i + 1) % moe_every == 0, counted in encoder and decoder separately: every other layer by default.
+- A dense model is the case of one expert: Experts with n = 1 stands where MoE would, and weights are drawn from
+  generators keyed by layer and expert, so a dense model and a mixture with the same seed share all that they can.
+- Where the ids of masked tokens meet a gate that routes by token id, see RoBERTa.route_ids.
+
+Letters: B batch, T sequence length, S source length, N = B * T tokens, D width, V vocabulary, E experts.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from dist import Mesh
+from experts import Experts, MoE
+from router import make_gate
+
+
+class Attention(nn.Module):
+    """Multi-head attention; keys and values from x itself, or from `memory` (cross-attention)."""
+
+    def __init__(self, D, heads, bias, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q = nn.Linear(D, D, bias=bias)
+        self.kv = nn.Linear(D, 2 * D, bias=bias)
+        self.out = nn.Linear(D, D, bias=bias)
+
+    def forward(self, x, memory=None, mask=None, causal=False, cache=None):
+        """x (B, T, D), memory (B, S, D), mask (B, S) bool, True = may be attended to. cache: a dict that keeps keys and
+        values between calls while decoding: self-attention appends to it, cross-attention fills it once."""
+        B, T, D = x.shape
+        split = lambda t: t.view(B, -1, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, T or S, D / heads)
+        q = split(self.q(x))
+        if memory is not None and cache:
+            k, v = cache["kv"]
+        else:
+            k, v = map(split, self.kv(x if memory is None else memory).chunk(2, dim=-1))
+            if memory is None and cache:
+                k, v = torch.cat([cache["kv"][0], k], 2), torch.cat([cache["kv"][1], v], 2)
+            if cache is not None:
+                cache["kv"] = k, v
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0, is_causal=causal and T > 1,
+        )  # fmt: skip
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """x + attention, (x + cross-attention), x + feed-forward, each behind a LayerNorm."""
+
+    def __init__(self, cfg, ffn, cross=False):
+        super().__init__()
+        D, norm = cfg.n_embd, lambda: nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+        self.ln1, self.attn = norm(), Attention(D, cfg.n_head, cfg.bias, cfg.dropout)
+        if cross:
+            self.ln_cross, self.cross = norm(), Attention(D, cfg.n_head, cfg.bias, cfg.dropout)
+        self.ln2, self.ffn = norm(), ffn
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, ids, live=None, domain=None, causal=False, memory=None, memory_mask=None, cache=None):
+        """x (B, T, D), ids (B, T), live (B, T) bool or None (no padding) -> x, aux."""
+        mine, theirs = (None, None) if cache is None else cache
+        mask = None if causal else live  # causal: padding comes last and nobody looks that far
+        x = x + self.dropout(self.attn(self.ln1(x), mask=mask, causal=causal, cache=mine))
+        if memory is not None:
+            x = x + self.dropout(self.cross(self.ln_cross(x), memory, mask=memory_mask, cache=theirs))
+        h = self.ln2(x)
+        y, aux = self.ffn(h, ids, live, domain) if isinstance(self.ffn, MoE) else (self.ffn(h), {})
+        return x + self.dropout(y), aux
+
+
+def make_ffn(cfg, layer, mesh, V, n_experts, is_moe=True, counts=None, n_domains=1, first_layer=0):
+    """The feed-forward part of one layer: a dense FFN if n_experts is 1 or the layer is not an MoE layer (every
+    moe_every-th is), else an MoE. `first_layer` tells a decoder's layers from the encoder's (tables, seeds)."""
+    number = first_layer + layer
+    std = 0.02, 0.02 / math.sqrt(2 * cfg.n_layer)
+    if n_experts == 1 or not is_moe:
+        ffn = Experts(1, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout)
+        ffn.init(cfg.seed, number, *std)
+        return ffn
+    with torch.random.fork_rng(devices=[]):  # the gate draws from its own stream: the rest of the model is not disturbed
+        torch.manual_seed(cfg.seed * 1000 + number)
+        gate = make_gate(
+            cfg.gate, cfg.gate_args, D=cfg.n_embd, E=n_experts, k=cfg.k, V=V, layer=number, seed=cfg.seed,
+            counts=counts, n_domains=n_domains, steps=cfg.max_steps,
+        )  # fmt: skip
+    mine = n_experts // mesh.ep  # experts on this rank
+    experts = Experts(mine, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout,
+                      first=mesh.ep_rank * mine, sharded=True)  # fmt: skip
+    experts.init(cfg.seed, number, *std)
+    return MoE(gate, experts, mesh, cfg.capacity_factor, cfg.eval_capacity_factor, cfg.drop_order, cfg.groups)
+
+
+class Stack(nn.Module):
+    """Blocks and a final LayerNorm."""
+
+    def __init__(self, cfg, mesh, V, causal, cross=False, first_layer=0, counts=None, n_domains=1):
+        super().__init__()
+        self.causal = causal
+        moe = [(i + 1) % cfg.moe_every == 0 for i in range(cfg.n_layer)]
+        self.blocks = nn.ModuleList(
+            Block(cfg, make_ffn(cfg, i, mesh, V, cfg.n_experts, moe[i], counts, n_domains, first_layer), cross)
+            for i in range(cfg.n_layer)
+        )
+        self.ln = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x, ids, live=None, domain=None, memory=None, memory_mask=None, cache=None):
+        """x (B, T, D) -> x (B, T, D), aux summed over the layers ("log_prob" is (B,), summed over positions too)."""
+        total = {}
+        for i, block in enumerate(self.blocks):
+            x, aux = block(x, ids, live, domain, self.causal, memory, memory_mask, None if cache is None else cache[i])
+            for name, value in aux.items():
+                value = value.sum(1) if name == "log_prob" else value
+                total[name] = total.get(name, 0) + value
+        return self.ln(x), total
+
+
+class Model(nn.Module):
+    """What the three models share: embeddings, initialisation, the output head, what the log wants to know.
+
+    V vocabulary size; block_size the longest sequence; mesh the ranks (None: one process); counts (V,) token counts of
+    the training text for gates that balance a table by them; n_domains labelled domains of the corpus.
+    """
+
+    def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1):
+        super().__init__()
+        if cfg.n_embd % cfg.n_head:
+            raise ValueError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}")
+        self.cfg, self.V, self.mesh, self.counts, self.n_domains = cfg, V, mesh or Mesh(), counts, n_domains
+        self.wte = nn.Embedding(V, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's: normal(0, 0.02), projections into the residual stream scaled by 1 / sqrt(2 layers), biases 0.
+        Gates and experts have initialised themselves."""
+        rng = torch.Generator().manual_seed(self.cfg.seed)
+        for name, p in self.named_parameters():
+            if p.dim() >= 2 and ".ffn." not in name:
+                std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith("out.weight") else 0.02
+                p.normal_(0, std, generator=rng)
+            elif name.endswith(".bias"):
+                p.zero_()
+
+    def embed(self, x, start=0):
+        """x (B, T) token ids at positions start to start + T -> (B, T, D)."""
+        if start + x.shape[1] > self.cfg.block_size:
+            raise ValueError(f"a sequence of {start + x.shape[1]} tokens is longer than block_size={self.cfg.block_size}")
+        return self.dropout(self.wte(x) + self.wpe.weight[start : start + x.shape[1]])
+
+    def head(self, h, pick=None):
+        """h (B, T, D) -> logits (B, T, V), or (M, V) at the positions where pick (B, T) is True."""
+        return F.linear(h if pick is None else h[pick], self.wte.weight)
+
+    def moes(self):
+        """The MoE layers, in order."""
+        return [m for m in self.modules() if isinstance(m, MoE)]
+
+    def gates(self):
+        return [m.gate for m in self.moes()]
+
+    def n_params(self):
+        """(total, active) parameters over all ranks; active: a token visits k experts per MoE layer."""
+        total = active = 0
+        for name, p in self.named_parameters():
+            total += p.numel() * (self.mesh.ep if ".ffn.experts." in name else 1)
+            active += 0 if ".ffn.experts." in name else p.numel()
+        for m in self.moes():
+            active += sum(p[0].numel() for p in m.experts.parameters()) * m.gate.k
+        return total, active
+
+
+class GPT(Model):
+    """Decoder-only language model."""
+
+    def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1):
+        super().__init__(cfg, V, mesh, counts, n_domains)
+        self.stack = Stack(cfg, self.mesh, V, causal=True, counts=counts, n_domains=n_domains)
+        self.init_weights()
+
+    def forward(self, x, domain=None, pick=None):
+        """x (B, T) token ids, domain (B, T) or None -> logits (B, T, V), aux."""
+        h, aux = self.stack(self.embed(x), x, domain=domain)
+        return self.head(h, pick), aux
+
+    @torch.no_grad()
+    def generate(self, x, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
+        """Continue x (B, T) token by token; temperature 0 is greedy; ends early when every row has produced `stop`.
+        Collective under expert parallelism: every rank calls it with the same x and the same generator state."""
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(max_new_tokens):
+            logits = self(x[:, -self.cfg.block_size :])[0][:, -1].float()  # (B, V)
+            if temperature == 0:
+                token = logits.argmax(1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k:
+                    logits[logits < logits.topk(min(top_k, self.V), dim=1).values[:, -1:]] = -math.inf
+                token = torch.multinomial(logits.softmax(1), 1, generator=generator)
+            x = torch.cat([x, token], 1)
+            done |= token[:, 0] == stop if stop is not None else False
+            if done.all():
+                break
+        return x
+
+
+class RoBERTa(Model):
+    """Encoder for masked language modelling (Liu et al. 2019, arXiv:1907.11692), and for classification."""
+
+    def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1, mask_id=None, n_classes=0):
+        super().__init__(cfg, V, mesh, counts, n_domains)
+        self.mask_id = mask_id
+        if counts is not None:  # see route_ids: 15 % * 80 % of the tokens are masks, spread over the positions
+            counts = torch.as_tensor(counts, dtype=torch.float64)
+            masks = counts.new_full((cfg.block_size,), 0.12 * counts.sum().item() / cfg.block_size)
+            counts = torch.cat([0.88 * counts, masks])
+        self.stack = Stack(cfg, self.mesh, V + cfg.block_size, causal=False, counts=counts, n_domains=n_domains)
+        D = cfg.n_embd
+        self.dense, self.ln = nn.Linear(D, D), nn.LayerNorm(D, bias=cfg.bias)  # the LM head of the paper
+        self.classifier = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, n_classes)) if n_classes else None
+        self.init_weights()
+
+    def route_ids(self, x):
+        """Ids for gates that route by token id. Every mask has the same id, so one expert would get 12 % of all tokens
+        and 80 % of the predicted ones; hashing the hidden original id would leak the label. So a mask counts as one of
+        block_size extra ids, V + its position: spread evenly, and known without looking at the answer."""
+        position = torch.arange(x.shape[1], device=x.device)
+        return x if self.mask_id is None else torch.where(x == self.mask_id, self.V + position, x)
+
+    def encode(self, x, live=None, domain=None):
+        """x (B, T) ids, live (B, T) bool or None -> (B, T, D), aux."""
+        return self.stack(self.embed(x), self.route_ids(x), live, domain)
+
+    def forward(self, x, live=None, domain=None, pick=None):
+        """Logits (B, T, V), or (M, V) where pick (B, T) is True (only the masked positions are worth the head), aux."""
+        h, aux = self.encode(x, live, domain)
+        h = h if pick is None else h[pick]
+        return self.head(self.ln(F.gelu(self.dense(h)))), aux
+
+    def classify(self, x, live=None, domain=None):
+        """Class logits (B, n_classes) from the mean over live positions, aux."""
+        h, aux = self.encode(x, live, domain)
+        live = torch.ones_like(x, dtype=torch.bool) if live is None else live
+        mean = (h * live[..., None]).sum(1) / live.sum(1, keepdim=True).clamp(min=1)
+        return self.classifier(mean), aux
+
+
+class Translator(Model):
+    """Encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762) over one joint vocabulary."""
+
+    def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1, pad_id=None):
+        super().__init__(cfg, V, mesh, counts, n_domains)
+        self.pad_id = pad_id
+        more = dict(counts=counts, n_domains=n_domains)
+        self.encoder = Stack(cfg, self.mesh, V, causal=False, **more)
+        self.decoder = Stack(cfg, self.mesh, V, causal=True, cross=True, first_layer=cfg.n_layer, **more)
+        self.init_weights()
+
+    def encode(self, src):
+        """src (B, S) ids, padded with pad_id -> memory (B, S, D), live (B, S) bool, aux."""
+        live = src != self.pad_id
+        domain = torch.zeros_like(src)  # a language is a domain: 0 the source's, 1 the target's
+        memory, aux = self.encoder(self.embed(src), src, live, domain)
+        return memory, live, aux
+
+    def decode(self, x, memory, memory_mask, start=0, cache=None):
+        """x (B, T) target ids at positions start to start + T -> h (B, T, D), aux. cache: see Attention."""
+        domain = torch.ones_like(x)
+        return self.decoder(self.embed(x, start), x, x != self.pad_id, domain, memory, memory_mask, cache)
+
+    def forward(self, x, src, pick=None):
+        """x (B, T) decoder input (the target shifted right), src (B, S) -> logits (B, T, V) or (M, V), aux."""
+        memory, live, aux = self.encode(src)
+        h, more = self.decode(x, memory, live)
+        return self.head(h, pick), {name: aux.get(name, 0) + more.get(name, 0) for name in aux | more}
