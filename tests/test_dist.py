@@ -1,0 +1,712 @@
+"""
+dist.py: W processes give what one process gives, and a checkpoint survives what can happen to it.
+
+The model is a minimal MoE written here, so that these tests need no other file. Every layout is compared in
+float64 with one process on the whole batch; then the same comparison must fail for each of a list of seeded
+bugs (MUTANTS), which shows that it can.
+"""
+import os
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as td
+import torch.multiprocessing as mp
+from torch import nn
+
+from ranks import run_ranks
+import dist
+from dist import Mesh, make_mesh
+
+E, D, H, K, V, STEPS, MICRO, N = 8, 6, 5, 2, 11, 12, 2, 24       # N tokens in a global micro-batch
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]       # (W, ep)
+
+
+# -- a minimal MoE ---------------------------------------------------------------------------------------------
+
+class Experts(nn.Module):
+    sharded = True
+
+    def __init__(self, mesh):
+        super().__init__()
+        self.w1 = nn.Parameter(mesh.part(torch.randn(E, D, H) / D ** 0.5))
+        self.w2 = nn.Parameter(mesh.part(torch.randn(E, H, D) / H ** 0.5))
+        self.register_buffer("age", mesh.part(torch.arange(E).float()))
+
+    def forward(self, rows, counts):
+        parts = zip(rows.split(counts.tolist()), self.w1.unbind(), self.w2.unbind())
+        return torch.cat([(x @ w1).relu() @ w2 for x, w1, w2 in parts])
+
+
+class MoE(nn.Module):
+    def __init__(self, mesh):
+        super().__init__()
+        self.mesh, self.router, self.experts = mesh, nn.Linear(D, E, bias=False), Experts(mesh)
+
+    def forward(self, x):
+        probs = self.router(x).softmax(-1)
+        best = probs.topk(K).indices
+        G = torch.zeros_like(probs).scatter(1, best, probs.gather(1, best))
+        e, n = (G.T != 0).nonzero(as_tuple=True)
+        counts = (G != 0).sum(0)
+        rows, mine, back = self.mesh.to_experts(x[n], counts)
+        rows = self.mesh.to_tokens(self.experts(rows, mine), back)
+        load, tokens = self.mesh.all_reduce(counts), self.mesh.all_reduce(torch.tensor(len(x)))
+        switch = E * (load / load.sum() * probs.sum(0) / tokens).sum()          # linear: this rank's share
+        total = self.mesh.sum(G.sum(0))                                         # not linear: needs the global sum
+        return torch.zeros_like(x).index_add(0, n, rows * G[n, e, None]), switch, total.var() / total.mean() ** 2
+
+
+class Net(nn.Module):
+    def __init__(self, mesh):
+        super().__init__()
+        torch.manual_seed(1)
+        self.inp, self.layers, self.head = nn.Linear(D, D), nn.ModuleList([MoE(mesh), MoE(mesh)]), nn.Linear(D, V)
+        self.idle = nn.Parameter(torch.ones(3))           # no gradient on any rank
+        self.rare = nn.Parameter(torch.ones(D))           # a gradient on some ranks only
+        self.register_buffer("temperature", torch.tensor(2.0))
+
+    def forward(self, x):
+        h, aux = self.inp(x), 0
+        if (x[:, 0] > 9).any():
+            h = h + self.rare * (x[:, :1] > 9)
+        for layer in self.layers:
+            y, switch, cv2 = layer(h)
+            h, aux = h + y, aux + 0.3 * switch + 0.1 * cv2
+        return self.head(h) / self.temperature, aux
+
+
+def batch(step, dtype=torch.float64):
+    """(MICRO, N, D) inputs, (MICRO, N) targets: dense at the start, none at all in the last quarter."""
+    g = torch.Generator().manual_seed(step)
+    x, y = torch.randn(MICRO, N, D, generator=g, dtype=dtype), torch.randint(0, V, (MICRO, N), generator=g)
+    x[:, 0, 0] = 10.0
+    y[torch.rand(MICRO, N, generator=g) < torch.linspace(0, 1.3, N)] = -1
+    y[:, -N // 4:] = -1
+    return x, y
+
+
+def make(mesh, dtype=torch.float64):
+    torch.set_default_dtype(dtype)
+    model = Net(mesh)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def train_step(model, opt, mesh, step, dtype=torch.float64, after_sync=None):
+    """One step on this rank's slice of the global batch -> logits (MICRO, n, V), global task loss, norm."""
+    x, y = (t.chunk(mesh.world, 1)[mesh.rank] for t in batch(step, dtype))
+    targets = mesh.all_reduce((y >= 0).sum())
+    opt.zero_grad(set_to_none=True)
+    logits, loss = [], 0
+    for xs, ys in zip(x, y):
+        out, aux = model(xs)
+        share = nn.functional.cross_entropy(out, ys, ignore_index=-1, reduction="sum") / targets
+        (share + aux / MICRO).backward()
+        logits, loss = logits + [out.detach()], loss + share.detach()
+    mesh.sync_grads(model)
+    if after_sync:
+        after_sync(model)
+    norm = mesh.clip_grad_norm(model, 0.5)
+    opt.step()
+    return torch.stack(logits), mesh.all_reduce(loss), norm
+
+
+def record(mesh, steps=STEPS):
+    """What a run looks like: everything whole, so that any two layouts can be compared."""
+    model, opt = make(mesh)
+    grads, seen = {}, {"loss": [], "norm": []}
+
+    def keep(model):
+        experts = dist.expert_ids(model)
+        grads.update({n: (mesh.whole(p.grad) if id(p) in experts else p.grad).clone()
+                      for n, p in model.named_parameters()})
+    for step in range(steps):
+        logits, loss, norm = train_step(model, opt, mesh, step, after_sync=keep if step == 0 else None)
+        seen["loss"].append(loss)
+        seen["norm"].append(norm)
+        if step == 0:
+            seen["logits"] = logits
+    state = dist.full_state(model, opt, mesh)
+    return seen, grads, state
+
+
+def largest(pairs):
+    worst = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+    return worst if worst == worst else float("inf")
+
+
+def parity(rank, world, ep, local=0, two_level=False, mutant=None, steps=STEPS):
+    """{part: largest difference to one process}; with a mutant, a bug is seeded in the many-rank run only."""
+    one, grads1, state1 = record(Mesh(), steps)
+    mesh = make_mesh(rank, world, E, ep, local, two_level=two_level)
+    if mutant:
+        MUTANTS[mutant](mesh).start()
+    many, grads, state = record(mesh, steps)
+    one["logits"] = one["logits"].chunk(world, 1)[rank]
+    out = {k: largest(zip(one[k], many[k])) for k in ("logits", "loss", "norm")}
+    kind = {n: "router" if "router" in n else "expert" if "experts" in n else "dense" for n in grads}
+    out |= {k: largest((grads1[n], grads[n]) for n in grads if kind[n] == k) for k in ("router", "expert", "dense")}
+    out["params"] = largest((state1["model"][n], state["model"][n]) for n in grads)
+    out["moments"] = largest((t, state["optimizer"][n][k]) for n in grads for k, t in state1["optimizer"][n].items())
+    return out
+
+
+@pytest.mark.parametrize("world, ep, local, two_level", [
+    (2, 1, 0, False), (2, 2, 0, False), (4, 1, 0, False), (4, 2, 0, False), (4, 4, 0, False), (4, 4, 2, True),
+    (8, 4, 2, True)])
+def test_equals_one_process(world, ep, local, two_level):
+    """Logits, loss, norm, gradients of the first step (router, experts, dense apart), weights after 12 AdamW steps."""
+    for errors in run_ranks(world, parity, ep, local, two_level):
+        assert max(errors.values()) < 1e-12, errors
+
+
+# -- seeded bugs: the comparison above must fail for each --------------------------------------------------------
+
+def on_reduce(mesh, group, change):
+    """Every all_reduce over that group goes wrong: change(tensor, the real all_reduce)."""
+    real = td.all_reduce
+
+    def wrong(t, group=None):
+        change(t, lambda t: real(t, group=group)) if group is chosen else real(t, group=group)
+    chosen = mesh.groups.get(group)
+    return patch.object(td, "all_reduce", wrong)
+
+
+def on_sync(change, before=False):
+    real = Mesh.sync_grads
+
+    def wrong(self, model):
+        experts = dist.expert_ids(model)
+        missing = [p for p in model.parameters() if p.grad is None]
+        dense = [p for p in model.parameters() if id(p) not in experts]
+        keep = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in dense]
+        real(self, model)
+        change(self, model, dense, keep, missing)
+    return patch.object(Mesh, "sync_grads", wrong)
+
+
+def set_grads(params, grads):
+    for p, g in zip(params, grads):
+        p.grad = g
+
+
+def scale_experts(model, by):
+    for layer in model.layers:
+        for p in layer.experts.parameters():
+            p.grad *= by
+
+
+def clip_with(square):
+    """A clip whose norm is wrong: square(mesh, sum of squares of this rank's experts)."""
+    def wrong(self, model, max_norm):
+        experts = dist.expert_ids(model)
+        sums = [sum((p.grad ** 2).sum() for p in model.parameters() if (id(p) in experts) == e) for e in (False, True)]
+        norm = (sums[0] + square(self, sums[1])).sqrt()
+        nn.utils.clip_grads_with_norm_(list(model.parameters()), max_norm, norm)
+        return norm
+    return patch.object(Mesh, "clip_grad_norm", wrong)
+
+
+def backward_with(change):
+    real = dist.Travel.backward
+    return patch.object(dist.Travel, "backward", staticmethod(lambda ctx, grad, tie: change(ctx, grad, tie, real)))
+
+
+def same_way(ctx, grad, tie, real):
+    ctx.back = ctx.go
+    return real(ctx, grad, tie)
+
+
+def no_way(ctx, grad, tie, real):
+    grad, *rest = real(ctx, grad, tie)
+    return grad * 0, *rest
+
+
+real_send, real_part, real_exchange = dist.send, Mesh.part, dist.exchange
+MUTANTS = {
+    "experts not summed over replicas": lambda m: on_reduce(m, "dp", lambda t, real: None),
+    "experts averaged over replicas": lambda m: on_reduce(m, "dp", lambda t, real: (real(t), t.div_(m.dp))),
+    "experts summed over the world": lambda m: on_sync(lambda s, model, *_: scale_experts(model, s.ep)),
+    "experts divided by ep": lambda m: on_sync(lambda s, model, *_: scale_experts(model, 1 / s.ep)),
+    "dense gradients averaged": lambda m: on_sync(
+        lambda s, model, dense, *_: set_grads(dense, [p.grad / s.world for p in dense])),
+    "dense gradients not summed": lambda m: on_sync(lambda s, model, dense, keep, _: set_grads(dense, keep)),
+    "missing gradients stay missing": lambda m: on_sync(
+        lambda s, model, dense, keep, missing: set_grads(missing, [None] * len(missing))),
+    "clip per rank": lambda m: clip_with(lambda s, square: square),
+    "clip counts replicas": lambda m: clip_with(lambda s, square: s.all_reduce(square)),
+    "clip leaves experts out": lambda m: clip_with(lambda s, square: square * 0),
+    "swapped splits": lambda m: patch.object(dist, "send", lambda x, to, frm, g: real_send(x, frm, to, g)),
+    "no block transpose": lambda m: patch.object(dist, "swap", lambda x, sizes: x),
+    "transpose on one way only": lambda m: patch.object(
+        dist, "there", lambda x, sizes, mesh: real_exchange(x, sizes.sum(2), mesh)),
+    "backward goes the same way": lambda m: backward_with(same_way),
+    "backward brings nothing": lambda m: backward_with(no_way),
+    "auxiliary loss from local load": lambda m: patch.object(Mesh, "sum", lambda s, t: t),
+    "mean of means": lambda m: patch.object(Mesh, "all_reduce", lambda s, t, group="": t.detach() * s.world),
+    "another rank's experts": lambda m: patch.object(
+        Mesh, "part", lambda s, t: real_part(s, t.roll(len(t) // s.ep, 0))),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_seeded_bug_is_caught(mutant):
+    try:
+        errors = run_ranks(4, parity, 2, 0, False, mutant, 2, timeout=20)
+    except Exception as error:                       # a crash is caught too, a timeout of the launch is not
+        assert not isinstance(error, TimeoutError)
+    else:
+        assert max(max(e.values()) for e in errors) > 1e-6, errors
+
+
+# -- all-to-all ---------------------------------------------------------------------------------------------------
+
+def random_counts(world, seed):
+    """(world, E) row counts; some ranks send nothing, some experts get nothing, seed 0: nothing at all."""
+    g = torch.Generator().manual_seed(seed)
+    c = torch.randint(0, 5, (world, E), generator=g)
+    c[torch.rand(world, generator=g) < 0.25] = 0
+    c[:, torch.rand(E, generator=g) < 0.3] = 0
+    return c * (seed > 0), g
+
+
+def all_to_all(rank, world, ep, local):
+    flat = make_mesh(rank, world, E, ep, local)
+    deep = make_mesh(rank, world, E, ep, local, two_level=True)
+    assert "inter" in deep.groups
+    base, n = rank - flat.ep_rank, E // ep
+    for seed in range(30):
+        c, g = random_counts(world, seed)
+        shape = (seed % 3 + 1,) * (seed % 3)                                    # rows of 0, 1 and 2 more dimensions
+        xs = [torch.randn(int(s), *shape, generator=g) for s in c.sum(1)]
+        ys = [torch.randn(int(s), *shape, generator=g) for s in c.sum(1)]
+        got = []
+        for mesh in (flat, deep):
+            x = xs[rank].clone().requires_grad_()
+            rows, counts, back = mesh.to_experts(x, c[rank])
+            blocks = [xs[s].split(c[s].tolist())[e] for e in range(flat.ep_rank * n, (flat.ep_rank + 1) * n)
+                      for s in range(base, base + ep)]                          # by my expert, then by source rank
+            assert torch.equal(rows, torch.cat(blocks))
+            assert torch.equal(counts, c[base:base + ep, flat.ep_rank * n:(flat.ep_rank + 1) * n].sum(0))
+            assert torch.equal(back.table, c[base:base + ep])
+            there = mesh.to_experts(ys[rank], c[rank])[0].detach()
+            rows.backward(there)                                                # adjoint = inverse
+            assert torch.equal(x.grad, ys[rank])
+            y = there.clone().requires_grad_()
+            home = mesh.to_tokens(y, back)
+            home.backward(xs[rank])
+            assert torch.equal(home, ys[rank]) and torch.equal(y.grad, rows)
+            dot = torch.stack([(rows.detach() * there).sum(), (x.detach() * ys[rank]).sum()]).double()
+            dot = mesh.all_reduce(dot)                                          # <A x, A y> = <x, y>
+            assert abs(dot[0] - dot[1]) < 1e-4
+            got.append((rows, home, x.grad, y.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*got))
+    for dtype in (torch.bfloat16, torch.int64):                                 # other types travel as they are
+        x = torch.arange(int(c[rank].sum())).to(dtype)
+        rows, _, back = deep.to_experts(x, c[rank])
+        assert rows.dtype == dtype and torch.equal(deep.to_tokens(rows, back), x)
+
+
+@pytest.mark.parametrize("world, ep, local", [(4, 4, 2), (8, 8, 2), (8, 4, 2)])
+def test_two_level_equals_flat_and_reference(world, ep, local):
+    run_ranks(world, all_to_all, ep, local)
+
+
+def test_swap_example():
+    x = ["a0b0", "a0b0", "a0b1", "a1b0", "a1b1", "a1b1", "a1b1"]
+    y = dist.swap(torch.arange(7), torch.tensor([[2, 1], [1, 3]]))
+    assert [x[i] for i in y] == ["a0b0", "a0b0", "a1b0", "a0b1", "a1b1", "a1b1", "a1b1"]
+
+
+def stepping_out(rank, world, tie):
+    """Rank 0 is frozen below, rank 1 gets no rows and returns something unconnected."""
+    mesh = make_mesh(rank, world, E)
+    x = torch.ones(3, D, requires_grad=rank > 0)
+    counts = torch.zeros(E, dtype=torch.long)
+    counts[0] = 3                                             # everything to rank 0
+    w = torch.tensor(2.0, requires_grad=True)
+    rows, mine, back = mesh.to_experts(x, counts)
+    y = rows * w if len(rows) else torch.zeros(0, D)
+    back = back if tie else back._replace(tie=torch.zeros(()))
+    y = mesh.to_tokens(y, back)
+    (y.sum() if y.requires_grad else x.sum()).backward()
+    assert rank == 0 or torch.equal(x.grad, torch.full_like(x, 2.0))
+    return w.grad
+
+
+def test_every_rank_takes_part_in_backward():
+    assert run_ranks(2, stepping_out, True, timeout=20)[0] == 2 * 3 * D
+    with pytest.raises(Exception):                            # without the tie it hangs: the test can fail
+        run_ranks(2, stepping_out, False, timeout=2)
+
+
+# -- small collectives, gradients -----------------------------------------------------------------------------------
+
+def collectives(rank, world):
+    mesh = make_mesh(rank, world, E, 4, 2)
+    x = torch.tensor([0.1 * (rank + 1), 1e8 + rank], requires_grad=True)
+    s = mesh.sum(x)
+    (s ** 2).sum().backward()
+    assert torch.equal(x.grad, 2 * s.detach())                # as if only this rank's term varied
+    assert mesh.any(rank == 2) is True and mesh.any(False) is False and mesh.any(torch.tensor([False, rank == 1]))
+    assert mesh.all_reduce(torch.tensor(rank)) == 6
+    assert mesh.all_reduce(torch.tensor(float("nan") if rank == 1 else 0.0)).isnan()
+    assert mesh.from_main({"path": rank}) == {"path": 0}
+    whole = torch.arange(E * 3.0).view(E, 3)
+    assert torch.equal(mesh.part(whole), whole[2 * rank:2 * rank + 2])
+    assert torch.equal(mesh.whole(mesh.part(whole)), whole)
+    assert (mesh.main, mesh.node, mesh.n_nodes, mesh.dp) == (rank == 0, rank // 2, 2, 1)
+    c, _ = random_counts(world, 5)
+    _, _, back = mesh.to_experts(torch.zeros(int(c[rank].sum()), D), c[rank])
+    t = mesh.traffic(back.table, 4 * D)
+    to = c[rank].view(4, 2).sum(1)
+    near = rank ^ 1                                           # the other rank of my node
+    want = {"rank": to[rank], "node": to[near], "far": to.sum() - to[rank] - to[near]}
+    assert t == {f"tokens_{k}": v for k, v in want.items()} | {f"bytes_{k}": v * 4 * D for k, v in want.items()}
+    mesh.barrier()
+    return s.detach()
+
+
+def test_collectives():
+    values = run_ranks(4, collectives)
+    assert all(torch.equal(v, values[0]) for v in values)
+
+
+def long_run(rank, world, ep):
+    mesh = make_mesh(rank, world, E, ep)
+    model, opt = make(mesh, torch.float32)
+    for step in range(100):
+        norm = train_step(model, opt, mesh, step, torch.float32)[2]
+    experts = dist.expert_ids(model)
+    return norm, {n: (id(p) in experts, p.detach()) for n, p in model.named_parameters()}
+
+
+def test_replicas_bit_identical_after_100_steps():
+    ranks = run_ranks(4, long_run, 2)
+    for rank, (norm, params) in enumerate(ranks):
+        assert torch.equal(norm, ranks[0][0])
+        for name, (expert, p) in params.items():
+            twin = ranks[rank % 2 if expert else 0][1][name][1]
+            assert torch.equal(p, twin), (rank, name)
+
+
+def test_clip_matches_torch_and_zero_only_measures():
+    model, opt = make(Mesh())
+    model(batch(0)[0][0])[0].sum().backward()
+    Mesh().sync_grads(model)
+    assert model.idle.grad.eq(0).all()                        # None became zeros, in one process as well
+    before = [p.grad.clone() for p in model.parameters()]
+    norm = Mesh().clip_grad_norm(model, 0)
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters()))
+    assert torch.equal(Mesh().clip_grad_norm(model, 0.1), norm)
+    assert abs(nn.utils.clip_grad_norm_(model.parameters(), 9) - 0.1) < 1e-6
+    torch.set_default_dtype(torch.float32)
+
+
+def test_single_process_is_the_identity():
+    from copy import deepcopy
+    mesh, x, c = Mesh(), torch.randn(5, D, requires_grad=True), torch.tensor([2, 0, 3])
+    rows, counts, back = mesh.to_experts(x, c)
+    assert rows is x and counts is c and mesh.to_tokens(rows, back) is x
+    assert mesh.sum(x) is x and torch.equal(mesh.all_reduce(x), x) and mesh.whole(x) is x and mesh.part(x) is x
+    assert mesh.any(True) and not mesh.any(False) and mesh.from_main(7) == 7 and deepcopy(mesh) is mesh
+    assert mesh.traffic(back.table, 2) == dict(tokens_rank=5, tokens_node=0, tokens_far=0,
+                                               bytes_rank=10, bytes_node=0, bytes_far=0)
+    mesh.barrier()
+    mesh.close()
+
+
+# -- start ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("world, args, message", [
+    (4, dict(ep=3), "ep=3 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
+    (6, dict(ep=6), "ep=6 must divide the 6 ranks and the 8 experts: choose from 1, 2"),
+    (4, dict(ep=-2), "ep=-2 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
+    (1, dict(ep=2), "ep=2 must divide the 1 ranks and the 8 experts: choose from 1"),
+    (6, dict(ranks_per_node=4), "ranks_per_node=4 must divide the 6 ranks: choose from 1, 2, 3, 6"),
+    (6, dict(ep=2, ranks_per_node=3, two_level=True), "two_level needs ep=2 to be a multiple or a divisor of "
+                                                      "ranks_per_node=3")])
+def test_layout_errors_come_before_any_communication(monkeypatch, world, args, message):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(world))
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")      # would fail, slowly, if it were used
+    with pytest.raises(ValueError) as error:
+        dist.init(8, device="cpu", **args)
+    assert str(error.value) == message
+
+
+def test_init_without_torchrun(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    mesh = dist.init(8, device="cpu")
+    assert (mesh.world, mesh.ep, mesh.n_nodes, mesh.groups) == (1, 1, 1, {})
+    assert dist.layout(12, 8) == (4, 12) and dist.layout(4, 0) == (1, 4)      # the defaults; a model without experts
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is set but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE"):
+        dist.init(8, device="cpu")
+
+
+WORKER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch, dist
+mesh = dist.init(8, timeout=30, device="cpu")
+total = mesh.all_reduce(torch.tensor(mesh.rank + 1))
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and mesh.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+mesh.barrier()
+if mesh.main:
+    print("sum", int(total), "ep", mesh.ep, "try", os.environ["TORCHELASTIC_RESTART_COUNT"])
+mesh.close()
+"""
+
+
+def test_torchrun_restarts_after_a_killed_worker(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3",
+           str(tmp_path / "worker.py"), str(Path(dist.__file__).parent)]
+    out = subprocess.run(run, capture_output=True, text=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert "sum 3 ep 2 try 1" in out.stdout
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------------
+
+def same(a, b):
+    return a.keys() == b.keys() and all(same(a[k], b[k]) if isinstance(a[k], dict) else torch.equal(a[k], b[k])
+                                        for k in a)
+
+
+def write_checkpoints(rank, world, folder):
+    for step, (_, ep) in enumerate([x for x in LAYOUTS if x[0] == world]):
+        mesh = make_mesh(rank, world, E, ep) if td.is_initialized() else Mesh()
+        model, opt = make(mesh)
+        for step in range(2):
+            train_step(model, opt, mesh, step)
+        state = dist.full_state(model, opt, mesh)
+        if mesh.main:
+            dist.save(f"{folder}/{world}_{ep}.pt", state)
+
+
+def read_checkpoints(rank, world, folder):
+    """Into every layout of this world from every layout: exact, and the next step is one process's next step."""
+    for (_, ep), (w0, ep0) in product([x for x in LAYOUTS if x[0] == world], LAYOUTS):
+        mesh = make_mesh(rank, world, E, ep) if td.is_initialized() else Mesh()
+        model, opt = make(mesh)
+        for p in model.parameters():
+            p.data.fill_(7)
+        state = dist.load(f"{folder}/{w0}_{ep0}.pt")
+        dist.load_state(model, opt, state, mesh)
+        w1, n, r = "layers.1.experts.w1", E // ep, mesh.ep_rank
+        assert torch.equal(model.layers[1].experts.w1, state["model"][w1][r * n:(r + 1) * n])
+        assert torch.equal(opt.state[model.layers[1].experts.w1]["exp_avg_sq"],
+                           state["optimizer"][w1]["exp_avg_sq"][r * n:(r + 1) * n])
+        assert torch.equal(model.layers[0].experts.age, torch.arange(E)[r * n:(r + 1) * n].double())
+        assert same(dist.full_state(model, opt, mesh), state)
+        train_step(model, opt, mesh, 2)
+        after, want = dist.full_state(model, opt, mesh), torch.load(f"{folder}/after.pt")
+        assert largest((after["model"][n], t) for n, t in want["model"].items()) < 1e-12
+        assert same(dist.load(f"{folder}/{w0}_{ep0}.pt"), state)                # the step did not write into it
+
+
+def test_reshard_every_ordered_pair_of_layouts(tmp_path):
+    write_checkpoints(0, 1, tmp_path)
+    model, opt = make(Mesh())
+    for step in range(3):
+        train_step(model, opt, Mesh(), step)
+    torch.save(dist.full_state(model, opt, Mesh()), tmp_path / "after.pt")
+    for world in (2, 4):
+        run_ranks(world, write_checkpoints, tmp_path)
+    read_checkpoints(0, 1, tmp_path)
+    for world in (2, 4):
+        run_ranks(world, read_checkpoints, tmp_path)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_resume_is_bit_equal():
+    (a, opt_a), (b, opt_b) = make(Mesh()), make(Mesh())
+    for step in range(4):
+        train_step(a, opt_a, Mesh(), step)
+        if step == 1:
+            dist.load_state(b, opt_b, dist.full_state(a, opt_a, Mesh()), Mesh())
+        elif step > 1:
+            train_step(b, opt_b, Mesh(), step)
+    assert same(dist.full_state(a, opt_a, Mesh()), dist.full_state(b, opt_b, Mesh()))
+    torch.set_default_dtype(torch.float32)
+
+
+def test_load_state_names_every_mismatch():
+    model, opt = make(Mesh(), torch.float32)
+    train_step(model, opt, Mesh(), 0, torch.float32)
+    state = dist.full_state(model, opt, Mesh())
+    before = dist.full_state(model, opt, Mesh())
+    state["model"]["head.weight"] = torch.zeros(3, D)
+    state["model"]["extra"] = state["model"].pop("idle")
+    state["optimizer"]["extra"] = state["optimizer"].pop("rare")
+    state["optimizer"]["inp.bias"]["exp_avg"] = torch.zeros(2)
+    with pytest.raises(ValueError) as error:
+        dist.load_state(model, opt, state, Mesh())
+    text = str(error.value)
+    for part in ("idle is missing", "extra is unknown", f"head.weight is (3, {D}) instead of ({V}, {D})",
+                 "optimizer state of rare is missing", "optimizer state of extra is unknown",
+                 f"optimizer exp_avg of inp.bias is (2,) instead of ({D},)"):
+        assert part in text, text
+    assert "\n" not in text and same(dist.full_state(model, opt, Mesh()), before)       # nothing was changed
+
+
+def test_a_new_optimizer_and_frozen_parameters_round_trip():
+    model, opt = make(Mesh(), torch.float32)
+    fresh = dist.full_state(model, opt, Mesh())               # before the first step: no moments yet
+    dist.load_state(model, opt, fresh, Mesh())
+    model.head.weight.requires_grad = False
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    train_step(model, opt, Mesh(), 0, torch.float32)
+    state = dist.full_state(model, opt, Mesh())
+    assert "head.weight" in state["model"] and "head.weight" not in state["optimizer"]
+    dist.load_state(model, opt, state, Mesh())
+    dist.load_state(model, None, dist.full_state(model, None, Mesh()), Mesh())
+    assert same(dist.full_state(model, opt, Mesh()), state)
+
+
+STATE = {"model": {"w": torch.arange(50_000.0)}, "step": 1, "config": {"lr": 0.1, "name": "x"}}
+
+
+class Dies:
+    """A file that ends the process in the middle of the n-th write, and at named places in save."""
+    def __init__(self, file, at):
+        self.file, self.at, self.writes = file, at, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, data):
+        self.writes += 1
+        if self.writes == self.at:
+            self.file.write(bytes(data)[:len(data) // 2])
+            self.file.flush()
+            os._exit(9)
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def die_in_save(path, point):
+    die = lambda *_: os._exit(9)                              # noqa: E731
+    if point == "replace":
+        os.replace = die
+    elif point == "after replace":
+        os.open = die
+    elif point in ("fsync 1", "fsync 2"):
+        calls, real = [], os.fsync
+        os.fsync = lambda fd: (calls.append(fd), die() if len(calls) == int(point[-1]) else real(fd))
+    else:
+        dist.open = lambda *args: Dies(open(*args), point)
+    dist.save(path, {**STATE, "step": 2})
+
+
+@pytest.mark.parametrize("point", [*range(1, 11), "fsync 1", "replace", "after replace", "fsync 2"])
+def test_killed_while_saving(tmp_path, point):
+    """At each point of a save the newest intact checkpoint is a whole one: the old before the rename, then the new."""
+    dist.save(tmp_path / "ckpt_1.pt", STATE)
+    child = mp.get_context("fork").Process(target=die_in_save, args=(tmp_path / "ckpt_2.pt", point))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 9
+    step = 2 if point in ("after replace", "fsync 2") else 1
+    assert dist.load(dist.latest(tmp_path))["step"] == step
+    dist.save(tmp_path / "ckpt_2.pt", {**STATE, "step": 2})   # and the next save works
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_1.pt", "ckpt_2.pt"]
+
+
+def test_save_failures_are_one_line_and_harmless(tmp_path):
+    path = tmp_path / "ckpt_1.pt"
+    dist.save(path, STATE)
+    os.symlink("/dev/full", tmp_path / "saving.tmp")          # every write: no space left on device
+    with pytest.raises(OSError, match="cannot save .*ckpt_1.pt: .*untouched") as full:
+        dist.save(path, {**STATE, "step": 2})
+    assert "\n" not in str(full.value)
+    with patch.object(os, "replace", side_effect=PermissionError(13, "Permission denied")):
+        with pytest.raises(OSError, match="Permission denied"):
+            dist.save(path, {**STATE, "step": 2})
+    with pytest.raises(OSError, match="No such file"):
+        dist.save(tmp_path / "missing" / "ckpt_1.pt", STATE)
+    assert dist.load(path)["step"] == 1 and os.listdir(tmp_path) == ["ckpt_1.pt"]
+
+
+def limited_save(path):
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))               # the disk is full half way
+    try:
+        dist.save(path, {**STATE, "step": 2})
+    except OSError as error:
+        os._exit(7 if "cannot save" in str(error) and "\n" not in str(error) else 8)
+
+
+def test_disk_full_half_way(tmp_path):
+    dist.save(tmp_path / "ckpt_1.pt", STATE)
+    child = mp.get_context("fork").Process(target=limited_save, args=(tmp_path / "ckpt_1.pt",))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 7 and dist.load(tmp_path / "ckpt_1.pt")["step"] == 1
+    assert os.listdir(tmp_path) == ["ckpt_1.pt"]
+
+
+@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "one bit", "zeroed page"])
+def test_damage_is_found_and_an_older_one_used(tmp_path, kind, capsys):
+    for step in (9, 10):                                      # 10 is newer than 9, not older
+        dist.save(tmp_path / f"ckpt_{step}.pt", {**STATE, "step": step})
+    dist.save(tmp_path / "ckpt_best.pt", STATE)               # not a numbered one: left alone
+    path = tmp_path / "ckpt_10.pt"
+    data = bytearray(path.read_bytes())
+    if kind == "one bit":
+        data[len(data) // 2] ^= 4
+    elif kind == "zeroed page":
+        data[40960:45056] = bytes(4096)
+    path.write_bytes({"empty": b"", "garbage": b"x" * 5000, "truncated": data[:-100]}.get(kind, data))
+    with pytest.raises(ValueError, match="ckpt_10.pt is damaged") as error:
+        dist.load(path)
+    assert "\n" not in str(error.value)
+    assert dist.latest(tmp_path) == tmp_path / "ckpt_9.pt"
+    assert "warning" in capsys.readouterr().out
+    (tmp_path / "ckpt_9.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 2 checkpoints"):
+        dist.latest(tmp_path)
+
+
+def test_a_flipped_bit_is_never_silently_wrong(tmp_path):
+    path = tmp_path / "ckpt_1.pt"
+    state = {"w": torch.arange(40.0), "step": 1}
+    dist.save(path, state)
+    good, caught = path.read_bytes(), 0
+    for i in range(len(good)):
+        path.write_bytes(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1:])
+        try:
+            got = dist.load(path)
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error)
+            caught += 1
+        else:                                                 # padding, dates
+            assert torch.equal(got["w"], state["w"]) and got["step"] == 1, i
+    assert caught > 100
+
+
+def test_missing_latest_prune(tmp_path):
+    with pytest.raises(OSError, match="cannot read .*nothing.pt: No such file"):
+        dist.load(tmp_path / "nothing.pt")
+    assert dist.latest(tmp_path) is None and dist.latest(tmp_path / "nowhere") is None
+    for step in (8, 9, 10, 11):
+        dist.save(tmp_path / f"ckpt_{step:02}.pt", STATE)
+    dist.prune(tmp_path, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_10.pt", "ckpt_11.pt"]

@@ -1,0 +1,724 @@
+"""
+Train a mixture-of-experts Transformer: the manual.
+
+    python train.py                                     GPT on Python's own documentation and source, no download
+    python train.py --gate=hash                         another gate: every class of router.py, by its name
+    python train.py --n_experts=1                       the dense model of the same active size
+    python train.py --objective=roberta                 masked language modelling
+    python train.py --objective=translation             encoder-decoder
+    torchrun --nproc_per_node=2 train.py                the same run on two processes, experts spread over them
+    python train.py --init_from=resume                  continue after Ctrl-C, a kill or a crash, bit for bit (CPU)
+    python train.py --sample="def __init__"             continue a prompt with the newest checkpoint
+    python train.py --eval_only                         held-out loss of the newest checkpoint
+
+Flags are the fields of Config below, always --name=value (a bare --flag means true); --help lists them.
+
+Read it in this order: Config, the batches of an objective, losses, evaluate, main. The whole loop is
+
+    loss = task loss + sum of weights * auxiliary losses          the task loss is always reported alone
+
+Decisions:
+- Everything random is a function of (seed, step): data order, masks, dropout, routing noise. So a resumed run equals an
+  uninterrupted one without saving any generator, and the data order does not depend on the number of processes.
+- batch_size is global. Each process takes its slice; a rank's loss is its share of the global one (its sum / the global
+  number of targets), so gradients are only ever added up.
+- The log is out_dir/log.jsonl, one JSON object a line, beside what you see on the screen.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import dist
+import evomoe
+from data.common import load_meta, load_split, load_tokenizer
+from model import GPT, RoBERTa, Translator
+from router import gates
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+@dataclass
+class Config:
+    # What to learn
+    objective: str = "gpt"  # gpt, roberta or translation
+    dataset: str = ""  # a folder under data/; "" means stdlib (gpt, roberta) or grammar (translation): no download
+    # The Transformer
+    n_layer: int = 4  # blocks (in encoder and decoder each, for translation)
+    n_head: int = 4  # attention heads, must divide n_embd
+    n_embd: int = 128  # model width D
+    n_hidden: int = 0  # hidden width of an FFN or expert; 0 means 4 * n_embd
+    block_size: int = 128  # longest sequence, tokens
+    dropout: float = 0.0  # 0 when data are plenty, 0.1 to 0.3 when the model sees them many times
+    bias: bool = False  # biases in linear layers and LayerNorms, as GPT-2 has them
+    # The mixture
+    n_experts: int = 8  # experts per MoE layer; 1 is the dense model
+    moe_every: int = 2  # every how many layers the FFN is a mixture; 1 means all
+    gate: str = "switch"  # a class of router.py in lower case
+    k: int = 0  # experts per token, for gates that take it; 0 means the gate's own default
+    gate_args: str = ""  # the gate's own knobs, like "balance=0.02,jitter=0"; its class in router.py says which
+    capacity_factor: float = 0.0  # slots per expert / fair share, in training; 0 means no limit; 1.25 is Switch's
+    eval_capacity_factor: float = 0.0  # the same at evaluation; 0: nothing is dropped
+    drop_order: str = ""  # who is dropped first: arrival, choice, score, random; "" means the gate's own order
+    groups: int = 1  # routing groups per process; groups=W on one process drops and balances as W processes do
+    insist: bool = False  # run a gate that looks at later tokens in a causal model all the same
+    # Optimisation
+    batch_size: int = 16  # sequences per step over all processes
+    grad_accum: int = 1  # micro-batches that a step is cut into, to save memory; must divide batch_size
+    max_steps: int = 600  # optimizer steps
+    learning_rate: float = 2e-3  # peak; 3e-4 to 3e-3 for small models, less for large ones
+    min_lr: float = 0.1  # final learning rate as a share of the peak
+    schedule: str = "cosine"  # cosine, or inverse_sqrt (the original Transformer's)
+    warmup: int = 50  # steps until the peak
+    weight_decay: float = 0.1  # on matrices, not on biases, gains and embeddings of positions
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.98  # AdamW; 0.95 to 0.999
+    grad_clip: float = 1.0  # global gradient norm; 0 means no clipping
+    label_smoothing: float = 0.0  # 0.1 is usual for translation; the reported loss is without it
+    score_weight: float = 1.0  # weight of the score-function term, for gates that sample (aux log_prob)
+    seed: int = 1337  # of everything
+    # Evaluation, output
+    eval_every: int = 100  # steps; 0: only at the end
+    eval_batches: int = 20  # batches of held-out data at each evaluation; 0 means all of it
+    log_every: int = 10  # steps between lines
+    save_every: int = 200  # steps between checkpoints; one is always written at the end
+    out_dir: str = "out"  # checkpoints and log
+    init_from: str = "scratch"  # scratch or resume (the newest intact checkpoint in out_dir)
+    eval_only: bool = False  # evaluate the newest checkpoint and leave
+    sample: str = ""  # a prompt for the newest checkpoint, then leave
+    sample_tokens: int = 120  # how much to sample
+    temperature: float = 0.8  # of sampling; 0 is greedy
+    top_k: int = 50  # sample from the k likeliest tokens; 0 means all
+    # The machine
+    device: str = ""  # cpu, cuda, cuda:1; "" means a GPU if there is one
+    dtype: str = ""  # float32 or bfloat16; "" means bfloat16 on a GPU that can
+    compile: bool = False  # torch.compile everything but the dispatch
+    ep: int = 0  # expert-parallel processes; 0 means as many as divide both the processes and the experts
+    ranks_per_node: int = 0  # processes per node; 0 asks torchrun; smaller values play several nodes on one machine
+    two_level: bool = False  # all-to-all inside nodes first, then between them
+    shard_by_domain: bool = False  # each node reads its own domain of the corpus (locality-aware gates need that)
+    timeout: int = 600  # seconds until a collective that hangs is given up
+
+
+# Where an objective wants other defaults than the ones above. Flags on the command line win.
+DEFAULTS = {
+    "gpt": dict(dataset="stdlib"),
+    "roberta": dict(dataset="stdlib"),
+    "translation": dict(dataset="grammar", block_size=64, batch_size=64, label_smoothing=0.1, n_layer=2),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def closest(word, words):
+    hit = difflib.get_close_matches(word, words, 1)
+    return f" (did you mean {hit[0]}?)" if hit else ""
+
+
+def help_text():
+    """Every field of Config with its default and the comment that stands beside it."""
+    lines = [__doc__.strip(), ""]
+    for line in inspect.getsource(Config).splitlines():
+        if m := re.match(r"    (\w+): (\w+) = (.*?)  # (.*)", line):
+            lines.append(f"  --{m[1]}={m[3]}".ljust(34) + m[4])
+        elif m := re.match(r"    # (.*)", line):
+            lines.append(f"\n{m[1]}")
+    return "\n".join(lines)
+
+
+def parse(argv):
+    """["--name=value", ...] -> {name: value} with the types of Config. ValueError, one line, for anything else."""
+    kinds = {f.name: f.type if isinstance(f.type, type) else eval(f.type) for f in dataclasses.fields(Config)}
+    given = {}
+    for arg in argv:
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or name not in kinds:
+            raise ValueError(f"unknown argument {arg}{closest(name, kinds)}; flags look like --name=value, --help lists them")
+        kind = kinds[name]
+        if not equals and kind is not bool:
+            raise ValueError(f"--{name} needs a value: --{name}=VALUE ({kind.__name__})")
+        try:
+            given[name] = {"": True, "true": True, "1": True, "false": False, "0": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise ValueError(f"--{name}={text} is not of type {kind.__name__}; the default is {getattr(Config, name)!r}") from None
+    return given
+
+
+def configure(given, base=None):
+    """Config from flags, on top of `base` (a checkpoint's config, as a dict) or of the objective's defaults."""
+    objective = given.get("objective", (base or {}).get("objective", Config.objective))
+    one_of = dict(objective=list(DEFAULTS), schedule=["cosine", "inverse_sqrt"], init_from=["scratch", "resume"],
+                  drop_order=["", "arrival", "choice", "score", "random"], dtype=["", "float32", "bfloat16"])  # fmt: skip
+    for name, allowed in one_of.items():
+        if given.get(name, "") not in [*allowed, ""]:
+            raise ValueError(f"--{name}={given[name]} is unknown{closest(given[name], allowed)}; choose from {', '.join(filter(None, allowed))}")
+    cfg = Config(**{**DEFAULTS[objective], **(base or {}), **given})
+    positive = "n_layer n_head n_embd block_size n_experts moe_every groups batch_size grad_accum max_steps learning_rate log_every".split()
+    for name in positive:
+        if not getattr(cfg, name) > 0:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be greater than 0")
+    if not math.isfinite(cfg.learning_rate) or not 0 <= cfg.dropout < 1:
+        raise ValueError(f"--learning_rate={cfg.learning_rate} must be finite and --dropout={cfg.dropout} from 0 to below 1")
+    for name in "capacity_factor eval_capacity_factor".split():
+        if name in given and not getattr(cfg, name) > 0:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be greater than 0 (leave the flag out for no limit)")
+    if cfg.gate not in gates():
+        raise ValueError(f"--gate={cfg.gate} is unknown{closest(cfg.gate, gates())}; choose from {', '.join(sorted(gates()))}")
+    if cfg.n_embd % cfg.n_head:
+        raise ValueError(f"--n_embd={cfg.n_embd} is not divisible by --n_head={cfg.n_head}")
+    if cfg.k > cfg.n_experts:
+        raise ValueError(f"--k={cfg.k} experts per token is impossible with --n_experts={cfg.n_experts}")
+    if cfg.batch_size % (cfg.grad_accum * cfg.groups):
+        raise ValueError(f"--batch_size={cfg.batch_size} is not divisible by grad_accum * groups = {cfg.grad_accum * cfg.groups}")
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data. A batch is a dict of (B, ...) tensors: x and y, y = -1 where there is nothing to predict; domain; src.
+# The functions below make the whole global batch of a step from (seed, step), on every process alike: that costs
+# little, and the number of targets is then known everywhere without asking anybody.
+
+
+class Corpus:
+    """A prepared folder of data/: meta, tokenizer and memory-mapped splits."""
+
+    def __init__(self, folder, splits=("train", "val")):
+        self.folder, self.meta = folder, load_meta(folder)
+        self.tok = load_tokenizer(folder)
+        self.V = self.meta["vocab_size"]
+        self.splits = {s: load_split(folder, self.meta, s) for s in splits if s in self.meta["splits"]}
+
+    def counts(self):
+        """(V,) how often each token occurs in the training text."""
+        train = self.splits["train"]
+        parts = [train] if self.meta["kind"] == "text" else [train.src, train.tgt]
+        return sum(np.bincount(p, minlength=self.V) for p in parts)
+
+    def domains(self, split):
+        """[(name, start, end), ...]: token ranges of the labelled domains."""
+        return [(name, d[0], d[1]) for name, d in self.meta["splits"][split]["domains"].items()]
+
+    def bytes_per_token(self, split):
+        """Original UTF-8 bytes per target token: what turns nats per token into bits per byte."""
+        s = self.meta["splits"][split]
+        return s["bytes"] / s["tokens"] if "bytes" in s else s["tgt_bytes"] / s["tgt_tokens"]
+
+
+def blocks(corpus, split, starts, cfg):
+    """Windows of block_size + 1 tokens: starts (B,) -> tokens (B, T + 1), domain (B, T)."""
+    tokens = corpus.splits[split]
+    ends = np.array([end for _, _, end in corpus.domains(split)])
+    window = torch.from_numpy(np.stack([tokens[s : s + cfg.block_size + 1] for s in starts]).astype(np.int64))
+    domain = torch.from_numpy(np.searchsorted(ends, starts, side="right"))
+    return window, domain[:, None].expand(-1, cfg.block_size)
+
+
+def random_starts(corpus, cfg, rng, n_nodes):
+    """(batch_size,) window starts, uniform over all windows that stay inside one domain. With shard_by_domain the rows
+    of node v (in rank order) come from domain v % domains only."""
+    spans = [(start, end - start - cfg.block_size) for _, start, end in corpus.domains("train")]  # (first, windows)
+    windows = np.array([max(n, 0) for _, n in spans])
+    if not windows.sum():
+        raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {cfg.block_size} tokens")
+    weight = windows / windows.sum()
+    which = rng.choice(len(spans), size=cfg.batch_size, p=weight)
+    if cfg.shard_by_domain:
+        which = np.arange(cfg.batch_size) * n_nodes // cfg.batch_size % len(spans)
+    return np.array([spans[d][0] + int(u * windows[d]) for d, u in zip(which, rng.random(cfg.batch_size))])
+
+
+def eval_starts(corpus, split, cfg):
+    """Non-overlapping windows of a held-out split, eval_batches * batch_size of them, evenly spread; never random."""
+    T = cfg.block_size
+    starts = [s for _, start, end in corpus.domains(split) for s in range(start, end - T, T)]
+    if not starts:
+        raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens")
+    n = min(len(starts), cfg.eval_batches * cfg.batch_size or len(starts))
+    return [starts[i * len(starts) // n] for i in range(n)]
+
+
+def mask_tokens(x, corpus, rng, share=0.15):
+    """RoBERTa's dynamic masking: of 15 % of the tokens, 80 % become <|mask|>, 10 % a random token, 10 % stay.
+    x (B, T) -> corrupted x, y with -1 where nothing is predicted. At least one token is always predicted."""
+    u, kind = rng.random(x.shape), rng.random(x.shape)
+    u[0, 0] = 0.0
+    picked = torch.from_numpy(u < share)
+    random_token = torch.from_numpy(rng.integers(0, corpus.V - len(corpus.meta["specials"]), x.shape))
+    corrupted = torch.where(torch.from_numpy(kind < 0.8), corpus.tok.mask, torch.where(torch.from_numpy(kind < 0.9), random_token, x))
+    return torch.where(picked, corrupted, x), torch.where(picked, x, -1)
+
+
+def text_batch(corpus, split, starts, cfg, rng):
+    """GPT: predict the next token. RoBERTa: predict masked tokens."""
+    window, domain = blocks(corpus, split, starts, cfg)
+    if cfg.objective == "gpt":
+        return dict(x=window[:, :-1], y=window[:, 1:].clone(), domain=domain)
+    x, y = mask_tokens(window[:, :-1], corpus, rng)
+    return dict(x=x, y=y, domain=domain)
+
+
+def pair_batch(corpus, split, which, cfg):
+    """Translation: sentence pairs `which` -> src (B, S), x (B, T) = <|bos|> + target, y (B, T) = target +
+    <|endoftext|>, padded to the longest of the batch and cut at block_size."""
+    p, tok, T = corpus.splits[split], corpus.tok, cfg.block_size
+    src = [torch.from_numpy(p.src[p.src_idx[i] : p.src_idx[i + 1]][:T].astype(np.int64)) for i in which]
+    tgt = [torch.from_numpy(p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1]][:T].astype(np.int64)) for i in which]
+    pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    x = [torch.cat([torch.tensor([tok.bos]), t[:-1]]) for t in tgt]
+    return dict(src=pad(src, tok.pad), x=pad(x, tok.pad), y=pad(tgt, -1))
+
+
+def bucketed_pairs(corpus, cfg, step):
+    """The pairs of a training step: each epoch is shuffled, cut into runs of 50 batches, sorted by length inside a run
+    and dealt out as batches in random order, so that a batch holds sentences of similar length."""
+    p = corpus.splits["train"]
+    n = len(p.src_idx) - 1
+    if n < cfg.batch_size:
+        raise ValueError(f"{corpus.folder} has {n} training pairs, less than one batch of {cfg.batch_size}")
+    per_epoch = n // cfg.batch_size
+    epoch, i = divmod(step, per_epoch)
+    rng = np.random.default_rng([cfg.seed, epoch])
+    order = rng.permutation(n)[: per_epoch * cfg.batch_size]
+    length = np.diff(p.src_idx)[order] + np.diff(p.tgt_idx)[order]
+    run = np.arange(len(order)) // (50 * cfg.batch_size)
+    order = order[np.lexsort((length, run))].reshape(per_epoch, cfg.batch_size)
+    return order[rng.permutation(per_epoch)[i]]
+
+
+def train_batch(corpus, cfg, step, n_nodes=1):
+    """The global batch of a step: (batch_size, ...) tensors. A function of (seed, step) alone."""
+    rng = np.random.default_rng([cfg.seed, step])
+    if cfg.objective == "translation":
+        return pair_batch(corpus, "train", rng.permutation(bucketed_pairs(corpus, cfg, step)), cfg)
+    return text_batch(corpus, "train", random_starts(corpus, cfg, rng, n_nodes), cfg, rng)
+
+
+def micro_batches(batch, cfg, mesh, device):
+    """Cut the global batch into grad_accum micro-batches and take this rank's rows of each, in rank order."""
+    size = cfg.batch_size // cfg.grad_accum
+    for m in range(cfg.grad_accum):
+        rows = slice(m * size + mesh.rank * size // mesh.world, m * size + (mesh.rank + 1) * size // mesh.world)
+        yield {name: t[rows].to(device, non_blocking=True) for name, t in batch.items()}
+
+
+def eval_batches(corpus, split, cfg):
+    """Fixed held-out batches; a last partial one is filled up with rows that count for nothing (y = -1), so that every
+    rank has the same number of rows."""
+    if cfg.objective == "translation":
+        n = len(corpus.splits[split].src_idx) - 1
+        n = min(n, cfg.eval_batches * cfg.batch_size or n)
+        items, make = list(range(n)), lambda rows, rng: pair_batch(corpus, split, rows, cfg)
+    else:
+        items = eval_starts(corpus, split, cfg)
+        make = lambda rows, rng: text_batch(corpus, split, rows, cfg, rng)
+    for i in range(0, len(items), cfg.batch_size):
+        rows = items[i : i + cfg.batch_size]
+        batch = make(rows + [rows[0]] * (cfg.batch_size - len(rows)), np.random.default_rng([0, i]))
+        batch["y"][len(rows) :] = -1
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model, loss, evaluation
+
+
+def build_model(cfg, corpus, mesh, n_experts):
+    """The model of an objective with n_experts experts per MoE layer (the curriculum changes that number)."""
+    cfg = dataclasses.replace(cfg, n_experts=n_experts)
+    more = dict(mesh=mesh, counts=corpus.counts() if "counts" in inspect.signature(gates()[cfg.gate]).parameters else None)
+    if cfg.objective == "translation":
+        model = Translator(cfg, corpus.V, n_domains=2, pad_id=corpus.tok.pad, **more)
+    else:
+        more["n_domains"] = len(corpus.domains("train"))
+        model = GPT(cfg, corpus.V, **more) if cfg.objective == "gpt" else RoBERTa(cfg, corpus.V, mask_id=corpus.tok.mask, **more)
+    return model.to(mesh.device)
+
+
+def make_optimizer(model, cfg):
+    """AdamW; weight decay on matrices only. Frozen parameters stay out: Adam moves a parameter with zero gradient."""
+    decay, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = p.dim() >= 2 and not name.endswith((".b1", ".b2", "wpe.weight"))
+            (decay if matrix else rest).append(p)
+    groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=decay[0].is_cuda or None)
+
+
+def learning_rate(step, cfg):
+    """Linear warmup to the peak, then cosine to min_lr * peak at max_steps, or peak * sqrt(warmup / step)."""
+    if step < cfg.warmup:
+        return cfg.learning_rate * (step + 1) / cfg.warmup
+    if cfg.schedule == "inverse_sqrt":
+        return cfg.learning_rate * (max(cfg.warmup, 1) / (step + 1)) ** 0.5
+    t = min(1.0, (step - cfg.warmup) / max(1, cfg.max_steps - cfg.warmup))
+    return cfg.learning_rate * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * t)))
+
+
+def forward(model, batch, label_smoothing=0.0):
+    """-> nll (M,) of each target, smoothed (M,) what is trained on, pick (B, T) bool where the targets are, aux.
+    Only positions with a target (y >= 0) meet the output layer."""
+    inputs = {name: t for name, t in batch.items() if name != "y"}
+    pick = batch["y"] >= 0
+    logits, aux = model(**inputs, pick=pick)  # (M, V)
+    logits, y = logits.float(), batch["y"][pick]
+    nll = F.cross_entropy(logits, y, reduction="none")
+    smoothed = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing) if label_smoothing else nll
+    return nll, smoothed, pick, aux
+
+
+def score_function_term(log_prob, nll, pick, n_global, mesh):
+    """The gradient that reaches a sampling gate (REINFORCE): sum over sequences of advantage * log p(its choices) / all.
+
+    log_prob (B,) summed over a sequence's tokens and layers; the advantage is the sequence's mean loss minus the mean
+    of the other sequences' (leave one out). Exact for independent data points (tests/); in a deep network, where a
+    token's choice also moves other tokens' losses, a heuristic.
+    """
+    rows = pick.nonzero()[:, 0]
+    loss = torch.zeros_like(log_prob).index_add(0, rows, nll.detach().to(log_prob.dtype))
+    loss = loss / pick.sum(1).clamp(min=1)  # (B,)
+    others = (mesh.all_reduce(loss.sum()) - loss) / max(1, n_global - 1)
+    return ((loss - others) * log_prob).sum() / n_global
+
+
+def loss_weights(model):
+    """{aux name: weight} of the model's gates (all layers have the same kind of gate)."""
+    return {name: w for gate in model.gates() for name, w in gate.weights.items()}
+
+
+@torch.no_grad()
+def evaluate(model, corpus, split, cfg, mesh, autocast):
+    """Held-out task loss. -> {"loss": nats per target, "bpb": bits per byte of the original text (not for RoBERTa),
+    "accuracy", "loss_DOMAIN"}. Collective: every rank calls it and gets the same numbers."""
+    model.eval()
+    names = [name for name, _, _ in corpus.domains(split)] if corpus.meta["kind"] == "text" else ["all"]
+    total = torch.zeros(len(names), 3, dtype=torch.float64, device=mesh.device)  # loss, correct, targets per domain
+    whole = dataclasses.replace(cfg, grad_accum=1)
+    for batch in eval_batches(corpus, split, cfg):
+        (batch,) = micro_batches(batch, whole, mesh, mesh.device)
+        with autocast:
+            inputs = {name: t for name, t in batch.items() if name != "y"}
+            pick = batch["y"] >= 0
+            logits = model(**inputs, pick=pick)[0].float()
+        y = batch["y"][pick]
+        values = torch.stack([F.cross_entropy(logits, y, reduction="none"), (logits.argmax(1) == y).float(), torch.ones_like(y, dtype=torch.float)], 1)
+        domain = batch["domain"][pick] if "domain" in batch else torch.zeros_like(y)
+        total.index_add_(0, domain, values.double())
+    model.train()
+    total = mesh.all_reduce(total)
+    loss, correct, n = total.sum(0).tolist()
+    result = {"loss": loss / n, "accuracy": correct / n}
+    if cfg.objective != "roberta":
+        result["bpb"] = loss / n / math.log(2) / corpus.bytes_per_token(split)
+    if len(names) > 1:
+        result |= {f"loss_{name}": (l / max(c, 1)) for name, (l, _, c) in zip(names, total.tolist())}
+    return result
+
+
+def unigram_loss(corpus, split):
+    """Nats per token of a model that knows only how frequent tokens are: what any model must beat."""
+    p = (corpus.counts() + 1.0) / (corpus.counts() + 1.0).sum()
+    held = corpus.splits[split] if corpus.meta["kind"] == "text" else corpus.splits[split].tgt
+    return float(-np.log(p)[np.asarray(held)].mean())
+
+
+def show_sample(model, corpus, cfg, mesh, prompt, autocast):
+    """Print something that a person can judge. Collective."""
+    model.eval()
+    rng = torch.Generator(mesh.device).manual_seed(cfg.seed)
+    ids = corpus.tok.encode(prompt) or [corpus.tok.eot]
+    x = torch.tensor([ids], device=mesh.device)
+    with autocast:
+        y = model.generate(x, cfg.sample_tokens, cfg.temperature, cfg.top_k or None, corpus.tok.eot, rng)
+    model.train()
+    return corpus.tok.decode([t for t in y[0].tolist() if t not in corpus.meta["specials"].values()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the log shows
+
+
+def layer_stats(model, mesh):
+    """Numbers about the last training call, over all layers and ranks: experts per token, share of dropped rows, load of
+    each expert (first MoE layer), lightest and heaviest load relative to the mean, traffic in tokens."""
+    if not model.moes():
+        return {}
+    loads = mesh.all_reduce(torch.stack([m.stats["asked"] for m in model.moes()]).double())  # (layers, E), before drops
+    kept = mesh.all_reduce(sum(m.stats["load"].sum() for m in model.moes()).double())
+    tokens = mesh.all_reduce(torch.tensor(float(sum(m.stats["tokens"] for m in model.moes())), device=mesh.device))
+    relative = loads / loads.mean(1, keepdim=True).clamp(min=1e-9)
+    out = {
+        "experts_per_token": float(kept / tokens.clamp(min=1)),
+        "dropped": float(1 - kept / loads.sum().clamp(min=1)),
+        "load_min": float(relative.min()),
+        "load_max": float(relative.max()),
+        "load": [round(v, 3) for v in relative[0].tolist()],
+    }
+    if mesh.world > 1:
+        width = 2 if torch.is_autocast_enabled(mesh.device.type) else 4
+        traffic = [mesh.traffic(m.stats["table"], width * model.cfg.n_embd) for m in model.moes()]
+        out |= {name: int(mesh.all_reduce(sum(t[name] for t in traffic))) for name in traffic[0]}
+    return out
+
+
+def bar(load):
+    """A small picture of the experts' loads; the fair share is half height."""
+    return "".join(" ▁▂▃▄▅▆▇█"[min(8, round(4 * v))] for v in load)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def on_main(mesh, action):
+    """Do something on rank 0 only and give all ranks its value, or its error: they stay together either way."""
+    value = error = None
+    if mesh.main:
+        try:
+            value = action()
+        except (ValueError, OSError) as e:
+            error = str(e)
+    value, error = mesh.from_main((value, error))
+    if error:
+        raise ValueError(error)
+    return value
+
+
+def save_checkpoint(model, optimizer, cfg, step, mesh):
+    """out_dir/ckpt_STEP.pt, experts whole, written atomically; the last two are kept."""
+    state = dist.full_state(model, optimizer, mesh)
+    state |= {"step": step, "config": dataclasses.asdict(cfg)}
+
+    def write():
+        dist.save(os.path.join(cfg.out_dir, f"ckpt_{step:06d}.pt"), state)
+        dist.prune(cfg.out_dir, keep=2)
+
+    on_main(mesh, write)
+
+
+def load_checkpoint(given, mesh):
+    """The newest intact checkpoint in out_dir. Flags that would change the model must agree with it."""
+    out_dir = given.get("out_dir", Config.out_dir)
+    path = on_main(mesh, lambda: dist.latest(out_dir))
+    if path is None:
+        raise ValueError(f"no checkpoint (ckpt_*.pt) in {out_dir}: train first, or name another --out_dir")
+    state = dist.load(path)
+    fixed = "objective dataset n_layer n_head n_embd n_hidden block_size bias n_experts moe_every gate k gate_args".split()
+    differ = [f"{n}={given[n]!r} (checkpoint: {state['config'][n]!r})" for n in fixed if n in given and given[n] != state["config"][n]]
+    if differ:
+        raise ValueError(f"{path} is from another config: {', '.join(differ)}; drop these flags or choose another --out_dir")
+    return path, state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def prepare(cfg, mesh):
+    """The corpus of this run; the ones that need no download are prepared on the way."""
+    folder = cfg.dataset if os.path.isdir(cfg.dataset) else os.path.join(HERE, "data", cfg.dataset)
+    if not os.path.isdir(folder):
+        have = sorted(d for d in os.listdir(os.path.join(HERE, "data")) if os.path.exists(os.path.join(HERE, "data", d, "prepare.py")))
+        raise ValueError(f"--dataset={cfg.dataset}: no such folder; there are: {', '.join(have)}")
+
+    def make():
+        if cfg.dataset in ("stdlib", "grammar") and not os.path.exists(os.path.join(folder, "meta.json")):
+            print(f"preparing data/{cfg.dataset} (a few seconds, once)", flush=True)
+            if subprocess.run([sys.executable, os.path.join(folder, "prepare.py")]).returncode:
+                raise ValueError(f"data/{cfg.dataset}/prepare.py failed: see above")
+
+    on_main(mesh, make)
+    corpus = Corpus(folder)
+    kind = "translation" if cfg.objective == "translation" else "text"
+    if corpus.meta["kind"] != kind:
+        raise ValueError(f"--dataset={cfg.dataset} is a corpus of kind {corpus.meta['kind']}; --objective={cfg.objective} needs {kind}")
+    return corpus
+
+
+def check_causality(model, cfg, say):
+    """Refuse gates that look at later tokens even at evaluation; say it in one line when training does."""
+    if not model.gates() or cfg.objective == "roberta":
+        return
+    gate = model.gates()[0]
+    if gate.causal == "never" and not cfg.insist:
+        raise ValueError(f"--gate={cfg.gate} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist to do it all the same)")
+    order = cfg.drop_order or gate.drop_order
+    if gate.causal != "always" or (cfg.capacity_factor and order != "arrival"):
+        say(f"note: {cfg.gate} (drop order: {order}) looks at later tokens in training; evaluation does not")
+
+
+def main(argv):
+    given = parse(argv)
+    if cuda_wanted := given.get("device", "").startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device={given['device']}: there is no usable GPU here; use --device=cpu")
+    resume = given.get("init_from") == "resume" or given.get("eval_only") or given.get("sample") is not None
+    cfg = configure(given)  # the first errors come before anything is started
+    mesh = dist.init(cfg.n_experts, cfg.ep, cfg.ranks_per_node, cfg.timeout, cfg.device or None, cfg.two_level)
+    say = print if mesh.main else lambda *a, **k: None
+    state, first = None, 0
+    if resume:
+        path, state = load_checkpoint(given, mesh)
+        keep = {name: v for name, v in state["config"].items() if name not in ("init_from", "eval_only", "sample", "device", "ep")}
+        cfg, first = configure(given, keep), state["step"]
+        say(f"loaded {path} (step {first})")
+    if (cfg.batch_size // cfg.grad_accum) % mesh.world:
+        raise ValueError(f"--batch_size={cfg.batch_size} / grad_accum={cfg.grad_accum} is not divisible by the {mesh.world} processes")
+    corpus = prepare(cfg, mesh)
+    device = mesh.device
+    dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
+    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    torch.manual_seed(cfg.seed)
+
+    model = build_model(cfg, corpus, mesh, evomoe.n_experts(max(first - 1, 0), cfg) if state else evomoe.n_experts(0, cfg))
+    check_causality(model, cfg, say)
+    optimizer = make_optimizer(model, cfg)
+    if state:
+        dist.load_state(model, optimizer, state, mesh)
+    evomoe.set_phase(model, first, cfg)
+    total, active = model.n_params()
+    say(f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per token, "
+        f"{cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {device.type}, {dtype}")  # fmt: skip
+
+    if given.get("sample") is not None:
+        say(show_sample(model, corpus, cfg, mesh, cfg.sample, autocast))
+        return mesh.close()
+    if cfg.eval_only:
+        for split in [s for s in ("val", "test") if s in corpus.meta["splits"]]:
+            corpus.splits.setdefault(split, load_split(corpus.folder, corpus.meta, split))
+            result = evaluate(model, corpus, split, dataclasses.replace(cfg, eval_batches=given.get("eval_batches", 0)), mesh, autocast)
+            say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        return mesh.close()
+
+    def open_log():
+        """Start the log, or cut a resumed one back to the checkpoint's step."""
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        path = os.path.join(cfg.out_dir, "log.jsonl")
+        old = dist.checkpoints(cfg.out_dir)
+        if not state and old:
+            raise ValueError(f"{cfg.out_dir} holds checkpoints of an earlier run ({old[-1].name}): --init_from=resume continues it, "
+                             "another --out_dir starts afresh, or delete them")  # fmt: skip
+        lines = []
+        if state and os.path.exists(path):
+            with open(path) as f:
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first]
+        with open(path, "w") as f:
+            f.writelines(lines)
+        return path
+
+    log_path = on_main(mesh, open_log)
+
+    def log(entry):
+        if mesh.main:
+            with open(log_path, "a") as f:
+                f.write(json.dumps(entry) + "\n")
+
+    stop = []  # Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second one at once
+    if hasattr(signal, "SIGTERM"):
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    val = "val" if "val" in corpus.splits else "test"
+    say(f"to beat: {unigram_loss(corpus, val):.3f}, the loss of guessing tokens by frequency")
+    model.train()
+    net = torch.compile(model) if cfg.compile else model
+    weights = loss_weights(model)
+    started, tick, tokens, saved = time.time(), time.time(), 0, first if state else None
+    for step in range(first, cfg.max_steps):
+        # 1. schedules
+        evomoe.set_phase(model, step, cfg)
+        lr = learning_rate(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # 2. gradients: this rank's share of the global loss, summed over micro-batches and ranks
+        torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
+        batch = train_batch(corpus, cfg, step, mesh.n_nodes)
+        n_targets = int((batch["y"] >= 0).sum())
+        task, auxes = torch.zeros((), device=device), {}
+        for micro in micro_batches(batch, cfg, mesh, device):
+            with autocast:
+                nll, smoothed, pick, aux = forward(net, micro, cfg.label_smoothing)
+            loss = smoothed.sum() / n_targets
+            if "log_prob" in aux:
+                term = score_function_term(aux.pop("log_prob"), nll, pick, cfg.batch_size // cfg.grad_accum, mesh)
+                loss = loss + cfg.score_weight * term / cfg.grad_accum
+            loss = loss + sum(weights.get(name, 0) * value for name, value in aux.items()) / cfg.grad_accum
+            loss.backward()
+            task += nll.detach().sum() / n_targets
+            for name, value in aux.items():
+                auxes[name] = auxes.get(name, 0) + value.detach() / cfg.grad_accum
+        mesh.sync_grads(model)
+        norm = mesh.clip_grad_norm(model, cfg.grad_clip)
+        # 3. update
+        if not torch.isfinite(norm):  # the same number on every rank, so all of them stop
+            last = f"the last good checkpoint is step {saved} (--init_from=resume)" if saved is not None else "there is no checkpoint yet"
+            raise ValueError(f"the loss or its gradient is not finite at step {step}; {last}; try a lower --learning_rate")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for gate in model.gates():
+            gate.update()
+        tokens += batch["x"].numel()
+        done = step + 1
+        # 4. tell
+        if done % cfg.log_every == 0 or done == 1:
+            stats = layer_stats(model, mesh)
+            loss = float(mesh.all_reduce(task))
+            n = max(1, len(model.moes()))
+            extra = {name: float(v) / n for name, v in auxes.items()}  # per layer
+            now = time.time()
+            speed, left = tokens / (now - tick), (now - started) / (done - first) * (cfg.max_steps - done)
+            say(f"step {done:5d}/{cfg.max_steps} | loss {loss:.4f}" + "".join(f" | {k} {v:.3f}" for k, v in extra.items() if weights.get(k))
+                + (f" | experts/token {stats['experts_per_token']:.2f} | dropped {stats['dropped']:.1%} | load {bar(stats['load'])} "
+                   f"{stats['load_min']:.2f}-{stats['load_max']:.2f}" if stats else "")
+                + f" | {speed / 1e3:.1f}k tok/s | {clock(left)} left", flush=True)  # fmt: skip
+            log({"step": done, "loss": loss, "lr": lr, "norm": float(norm), **extra, **stats, "tokens_per_s": speed, "seconds": now - started})
+            tick, tokens = time.time(), 0
+        last, stopping = done == cfg.max_steps, mesh.any(bool(stop))
+        if last or stopping or (cfg.eval_every and done % cfg.eval_every == 0):
+            result = evaluate(model, corpus, val, cfg if not last else dataclasses.replace(cfg, eval_batches=0), mesh, autocast)
+            say(f"step {done:5d} | {val} " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
+            log({"step": done, "seconds": time.time() - started} | {f"val_{name}": value for name, value in result.items()})
+            tick, tokens = time.time(), 0
+        if last or stopping or (cfg.save_every and done % cfg.save_every == 0):
+            save_checkpoint(model, optimizer, cfg, done, mesh)
+            saved = done
+        if stopping:
+            say(f"stopped after step {done}; continue with --init_from=resume --out_dir={cfg.out_dir}")
+            return mesh.close()
+
+    say(f"\ntrained in {clock(time.time() - started)}; a sample:\n" + "-" * 80)
+    say(show_sample(model, corpus, cfg, mesh, "", autocast))
+    say("-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\", --gate=hash, --n_experts=1 "
+        "(the dense model), --max_steps=3000, each with its own --out_dir")  # fmt: skip
+    mesh.close()
+
+
+if __name__ == "__main__":
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(help_text())
+        sys.exit(0)
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(1)
