@@ -357,7 +357,7 @@ def make_optimizer(model, cfg):
             matrix = p.dim() >= 2 and not name.endswith((".b1", ".b2", "wpe.weight"))
             (decay if matrix else rest).append(p)
     groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=decay[0].is_cuda or None)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 def learning_rate(step, cfg):
