@@ -96,8 +96,8 @@ def make_ffn(cfg, layer, mesh, V, n_experts, is_moe=True, counts=None, n_domains
     with torch.random.fork_rng(devices=[]):  # the gate draws from its own stream: the rest of the model is not disturbed
         torch.manual_seed(cfg.seed * 1000 + number)
         gate = make_gate(
-            cfg.gate, cfg.gate_args, D=cfg.n_embd, E=n_experts, k=cfg.k, V=V, layer=number, seed=cfg.seed,
-            counts=counts, n_domains=n_domains, steps=cfg.max_steps,
+            cfg.gate, cfg.gate_args, D=cfg.n_embd, E=n_experts, V=V, layer=number, seed=cfg.seed,
+            counts=counts, n_domains=n_domains, steps=cfg.max_steps, **({"k": cfg.k} if cfg.k else {}),
         )  # fmt: skip
     mine = n_experts // mesh.ep  # experts on this rank
     experts = Experts(mine, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout,
