@@ -2,10 +2,10 @@
 
 A prepared corpus is a folder:
 
-    train.bin  val.bin  (test.bin)   text: flat arrays of token ids, uint16 (uint32 if V > 65536); every document
-                                     ends with <|endoftext|>; a domain (prose, code, ...) is one range of tokens
-    train.src.bin  train.src.idx     translation instead: a stream of sentences, each ended by <|endoftext|>, and
-    train.tgt.bin  train.tgt.idx     (pairs + 1) int64 sentence starts; the same for val and test
+    train.bin  val.bin  (test.bin)   text: token ids, uint16 (uint32 if V > 65536); every document ends with
+                                     <|endoftext|>; a domain (prose, code, ...) is one range of tokens
+    train.src.bin  train.src.idx     translation instead: sentences, each ended by <|endoftext|>, and their
+    train.tgt.bin  train.tgt.idx     (pairs + 1) starts, int64; the same for val and test
     vocab.txt                        tokenizer=bpe: the tokens in rank order, base64, one a line
     meta.json                        sizes, domains, tokenizer; written last, so a folder that has it is whole
 
@@ -47,7 +47,7 @@ SPECIALS = ("<|endoftext|>", "<|mask|>", "<|pad|>", "<|bos|>")
 PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_){1,64}|\s{1,64}(?!\S)|\s{1,64}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Byte-pair encoding (Gage 1994; Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1)
 
 def merge(word, pair, new):
@@ -72,8 +72,8 @@ def train_bpe(texts, size):
     Returns the list of tokens (bytes) in rank order.
 
     Recounting all pairs after each merge would be O(merges * text). Instead: count every distinct word once,
-    remember which words hold which pair, and after a merge recount only those words. The heap holds old counts
-    too; an entry that does not match the present count is skipped, as each change pushes a fresh one.
+    remember which words hold which pair, and after a merge recount only those words. The heap holds old
+    counts too; an entry that does not match the present count is skipped, as each change pushes a fresh one.
     """
     counts = Counter()
     for text in texts:
@@ -81,7 +81,7 @@ def train_bpe(texts, size):
     words = [list(word.encode("utf-8", "replace")) for word in counts]
     times = list(counts.values())
 
-    pairs, where = Counter(), defaultdict(set)      # pair -> occurrences in the text; pair -> words that had it
+    pairs, where = Counter(), defaultdict(set)      # pair -> its count in the text; pair -> words that had it
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += times[i]
@@ -116,14 +116,14 @@ def train_bpe(texts, size):
     return tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 class Tokenizer:
     """
     A tiktoken.Encoding whose last four ids are the special tokens.
 
-    name: "bpe", "gpt2" or "bytes". tokens: the ordinary tokens (bytes) in rank order. pattern: how to cut words.
+    name: "bpe", "gpt2" or "bytes". tokens: the ordinary tokens (bytes) in rank order. pattern: how words are cut.
     Attributes: vocab_size (specials included) and the ids eot, mask, pad, bos.
     """
     def __init__(self, name, tokens, pattern=PATTERN):
@@ -135,7 +135,7 @@ class Tokenizer:
                                           mergeable_ranks={token: i for i, token in enumerate(tokens)})
 
     def encode(self, text):
-        """str -> list of ids. "<|endoftext|>" written in a text is thirteen characters, never the special token."""
+        """str -> list of ids. "<|endoftext|>" in a text is thirteen characters, never the special token."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
@@ -147,7 +147,7 @@ def gpt2_tokenizer():
     """GPT-2's encoding, with <|endoftext|> at its usual 50256 and the other specials behind it."""
     try:
         base = tiktoken.get_encoding("gpt2")
-    except Exception as e:   # tiktoken raises whatever its HTTP library raises, which is a different one each year
+    except Exception as e:   # whatever tiktoken's HTTP library raises, or its check of the file's hash
         raise OSError(f"GPT-2's encoding is not on this machine and cannot be fetched ({type(e).__name__}): "
                       "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bpe") from None
     return Tokenizer("gpt2", sorted(base._mergeable_ranks, key=base._mergeable_ranks.get), base._pat_str)
@@ -168,19 +168,19 @@ def make_tokenizer(name, vocab_size, texts):
     if name == "bytes":
         return Tokenizer("bytes", [bytes([i]) for i in range(256)])
     if vocab_size < 256 + len(SPECIALS):
-        raise ValueError(f"--vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIALS)} special tokens "
-                         f"need at least {256 + len(SPECIALS)}")
+        raise ValueError(f"--vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIALS)} special "
+                         f"tokens need at least {256 + len(SPECIALS)}")
     return Tokenizer("bpe", train_bpe(texts, vocab_size - len(SPECIALS)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
 
 @contextlib.contextmanager
 def staging(folder):
     """
-    A temporary folder inside `folder`. If the block ends well its files move up, meta.json last; if it does not,
-    they vanish and what was prepared before stays as it was.
+    A temporary folder inside `folder`. If the block ends well its files move up, meta.json last; if it does
+    not, they vanish and what was prepared before stays as it was.
     """
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as tmp:
@@ -201,7 +201,7 @@ def token_type(vocab_size):
 
 
 def write_tokens(path, tok, texts):
-    """Append each text and an <|endoftext|> to the file `path`. Returns [tokens of each text], bytes of all."""
+    """Append each text and an <|endoftext|> to a file. Returns ([tokens of each text], bytes of all texts)."""
     lengths, size = [], 0
     with open(path, "ab") as f:
         for text in texts:
@@ -270,7 +270,7 @@ def write_pairs(folder, tok, langs, splits, source):
     print(f"wrote {folder}: tokenizer {tok.name}, vocabulary {tok.vocab_size:,d}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 def prepare_hint(folder):
@@ -307,7 +307,7 @@ def open_array(path, dtype, length):
 
 def open_tokens(path, meta, length):
     tokens = open_array(path, meta["dtype"], length)
-    step = 1 << 22                                  # a few MB at a time: the file may be larger than the memory
+    step = 1 << 22                                  # a few MB at a time: the file may exceed the memory
     top = max(int(tokens[i:i + step].max()) for i in range(0, length, step))
     if top >= meta["vocab_size"]:
         raise ValueError(f"{path} holds token id {top:,d}, beyond the vocabulary of {meta['vocab_size']:,d}: "
@@ -316,7 +316,7 @@ def open_tokens(path, meta, length):
 
 
 class Pairs(NamedTuple):
-    """Sentence i of a translation split is src[src_idx[i]:src_idx[i + 1]], <|endoftext|> included; tgt alike."""
+    """Sentence i of a translation split: src[src_idx[i]:src_idx[i + 1]], <|endoftext|> included; tgt alike."""
     src: np.ndarray
     src_idx: np.ndarray
     tgt: np.ndarray
@@ -325,8 +325,8 @@ class Pairs(NamedTuple):
 
 def load_split(folder, meta, split):
     """
-    A prepared split, memory-mapped and checked: the (tokens,) array of a text corpus, or Pairs for translation.
-    Raises FileNotFoundError or ValueError (one line) if a file is missing, empty, truncated or not from `meta`.
+    A prepared split, memory-mapped and checked: the (tokens,) array of a text, or Pairs for translation.
+    Raises FileNotFoundError or ValueError, one line, if a file is missing, empty, truncated or does not fit meta.
     """
     if split not in meta["splits"]:
         raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits'])}")
@@ -356,8 +356,9 @@ def load_tokenizer(folder):
             raise FileNotFoundError(f"{path} is missing: {prepare_hint(folder)}")
         try:
             with open(path, encoding="ascii") as f:
-                tok = Tokenizer("bpe", [base64.b64decode(line, validate=True) for line in f.read().splitlines()])
-        except Exception as e:   # bad base64, a token twice, a byte left out: tiktoken panics at some of them
+                lines = f.read().splitlines()
+            tok = Tokenizer("bpe", [base64.b64decode(line, validate=True) for line in lines])
+        except Exception as e:   # bad base64, bytes that are no text, a token that is there twice
             raise ValueError(f"{path} is damaged ({type(e).__name__}): {prepare_hint(folder)}") from None
     if tok.vocab_size != meta["vocab_size"]:
         raise ValueError(f"the tokenizer of {folder} has {tok.vocab_size:,d} tokens where meta.json says "
@@ -365,7 +366,7 @@ def load_tokenizer(folder):
     return tok
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Where the raw files come from, and the command line
 
 def fetch(name, url, args, sha256=None):
@@ -376,7 +377,7 @@ def fetch(name, url, args, sha256=None):
     if args.data_dir:
         path = os.path.join(args.data_dir, name)
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{path} is missing: --data_dir must be a folder that holds {name}, as at {url}")
+            raise FileNotFoundError(f"{path} is missing: --data_dir must be a folder with {name}, as at {url}")
         return path
     path = os.path.join(args.out_dir, "download", name)
     if not os.path.exists(path):
@@ -391,8 +392,9 @@ def fetch(name, url, args, sha256=None):
                     digest.update(block)
                     f.write(block)
                 whole = response.headers.get("Content-Length")
-            if whole and int(whole) != os.path.getsize(partial):
-                raise OSError(f"the connection ended after {os.path.getsize(partial):,d} of {int(whole):,d} bytes")
+            size = os.path.getsize(partial)
+            if whole and int(whole) != size:
+                raise OSError(f"the connection ended after {size:,d} of {int(whole):,d} bytes")
             if sha256 and digest.hexdigest() != sha256:
                 raise OSError(f"its sha256 is {digest.hexdigest()}, not {sha256}")
             os.replace(partial, path)       # the final name appears only when the file is whole
@@ -419,8 +421,8 @@ def read_text(path):
 
 def parallel(src_path, tgt_path):
     """
-    Two files whose lines i translate each other -> [(source, target), ...]. Pairs with an empty side are dropped
-    and counted; files of different length cannot be aligned and raise a ValueError.
+    Two files whose lines i translate each other -> [(source, target), ...]. Pairs with an empty side are
+    dropped and counted; files of different length cannot be aligned and raise a ValueError.
     """
     src, tgt = (read_text(path).rstrip("\n").split("\n") for path in (src_path, tgt_path))
     if len(src) != len(tgt):
@@ -429,7 +431,7 @@ def parallel(src_path, tgt_path):
     pairs = [(s.strip(), t.strip()) for s, t in zip(src, tgt)]
     kept = [(s, t) for s, t in pairs if s and t]
     if len(kept) < len(pairs):
-        print(f"dropped {len(pairs) - len(kept):,d} pairs with an empty side from {os.path.basename(src_path)}")
+        print(f"dropped {len(pairs) - len(kept):,d} pairs with an empty side: {src_path}, {tgt_path}")
     return kept
 
 
@@ -440,9 +442,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(main, file, doc, **flags):
     """
-    Run main(args) as the script `file`: --out_dir (default: the script's folder), --tokenizer, --vocab_size and
-    the script's own `flags`, {name: default}; a tuple lists the choices, default first. A user's error ends as
-    one line on stderr and exit status 1.
+    Run main(args) as the script `file`. Its flags are --out_dir (default: the script's folder) and `flags`,
+    {name: default}; a tuple lists the choices, default first. A user's error ends as one line on stderr and
+    exit status 1.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flags = {"out_dir": os.path.dirname(os.path.abspath(file)), **flags}

@@ -1,9 +1,9 @@
 """
-Classic books: 59 English novels of the nineteenth century by 15 authors, 47 MB, 8.4 million words. Public domain.
-From https://github.com/mlschmitt/classic-books-markdown, as one archive; a member is AUTHOR/TITLE.md.
+Classic books: 59 English novels by 15 authors, most of the nineteenth century; 47 MB, 8.4 million words.
+Public domain. From https://github.com/mlschmitt/classic-books-markdown, as one archive of AUTHOR/TITLE.md.
 
-Val is four whole books (HELD_OUT), so it asks how well a model reads a book it never saw. Their authors have other
-books in train.
+Val is four whole books (HELD_OUT), so it asks how well a model reads a book it never saw. Their authors have
+other books in train.
 
     python data/books/prepare.py                                # 6 s with GPT-2's tokenizer, 21 s with bpe
     python data/books/prepare.py --data_dir=FOLDER              # FOLDER/classic-books.tar.gz is there already
@@ -23,18 +23,18 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common import fetch, make_tokenizer, run, write_text
 
 URL = "https://codeload.github.com/mlschmitt/classic-books-markdown/tar.gz/refs/heads/main"
-HELD_OUT = {"Charles Dickens/Hard Times.md", "Jane Austen/Persuasion.md", "Mark Twain/The Prince and the Pauper.md",
-            "Thomas Hardy/The Mayor of Casterbridge.md"}
+HELD_OUT = {"Charles Dickens/Hard Times.md", "Jane Austen/Persuasion.md",
+            "Mark Twain/The Prince and the Pauper.md", "Thomas Hardy/The Mayor of Casterbridge.md"}
 
 
 def books(path):
-    """{"AUTHOR/TITLE.md": text} of the archive, sorted, without the lines above the ruler: title, author, year."""
+    """{"AUTHOR/TITLE.md": text} of the archive, sorted, without what is above the ruler: title, author, year."""
     found = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                name = "/".join(member.name.split("/")[-2:])       # an archive made by GitHub has a folder on top
-                if member.isfile() and name.endswith(".md") and not name.endswith("/README.md") and "/" in name:
+                name = "/".join(member.name.split("/")[-2:])    # an archive made by GitHub has a folder on top
+                if member.isfile() and name.endswith(".md") and not name.endswith("README.md"):
                     text = archive.extractfile(member).read().decode("utf-8").replace("\r\n", "\n")
                     found[name] = text.split("\n-------\n", 1)[-1].strip() + "\n"
     except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as e:

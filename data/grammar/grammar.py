@@ -7,51 +7,55 @@ language in natural forms and unnatural company. What it keeps from the real thi
                       Today the king opens the window.           Heute macht der König das Fenster auf.
                       ... because the king opens the window      ..., weil der König das Fenster aufmacht
     case          three cases, three genders and two numbers in the article, the adjective and the noun
-                      a small dog gives the old man a red ball   ein kleiner Hund gibt dem alten Mann einen roten Ball
+                      a dog gives the old man a red ball         ein Hund gibt dem alten Mann einen roten Ball
     numerals      units before tens, in one word
                       three hundred and forty-two                dreihundertzweiundvierzig
 
-German is a function of English here: "you" is always du, the English past is always the German perfect, and so on.
-So each source has exactly one right translation, and exact match is a fair score. The reverse is not true.
+German is a function of English here: "you" is always du, the past of a verb is always the German perfect, and
+so on. So each source has one right translation, and exact match is a fair score. The reverse is not true.
 """
 import random
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------------------
-# Lexicon. Every table is one entry a line, or several between commas. Nouns of the weak declension (der Junge,
-# den Jungen) and English verbs whose past looks like the present (read, put) are left out on purpose.
+# --------------------------------------------------------------------------------------------------
+# Lexicon. Nouns of the weak declension (der Junge, den Jungen) and English verbs whose past looks like the
+# present (read, put) are left out on purpose.
 
 NOUNS = {   # English singular, plural; German singular, gender, plural
     "person": """
-        man men Mann m Männer, woman women Frau f Frauen, child children Kind n Kinder, friend friends Freund m Freunde,
-        teacher teachers Lehrer m Lehrer, doctor doctors Arzt m Ärzte, girl girls Mädchen n Mädchen,
-        mother mothers Mutter f Mütter, father fathers Vater m Väter, son sons Sohn m Söhne,
-        daughter daughters Tochter f Töchter, brother brothers Bruder m Brüder, sister sisters Schwester f Schwestern,
-        aunt aunts Tante f Tanten, uncle uncles Onkel m Onkel, king kings König m Könige,
-        queen queens Königin f Königinnen, baker bakers Bäcker m Bäcker, guest guests Gast m Gäste,
-        gardener gardeners Gärtner m Gärtner, painter painters Maler m Maler, thief thieves Dieb m Diebe,
-        judge judges Richter m Richter, pupil pupils Schüler m Schüler, baby babies Baby n Babys""",
+        man men Mann m Männer, woman women Frau f Frauen, child children Kind n Kinder,
+        friend friends Freund m Freunde, teacher teachers Lehrer m Lehrer, doctor doctors Arzt m Ärzte,
+        girl girls Mädchen n Mädchen, mother mothers Mutter f Mütter, father fathers Vater m Väter,
+        son sons Sohn m Söhne, daughter daughters Tochter f Töchter, brother brothers Bruder m Brüder,
+        sister sisters Schwester f Schwestern, aunt aunts Tante f Tanten, uncle uncles Onkel m Onkel,
+        king kings König m Könige, queen queens Königin f Königinnen, baker bakers Bäcker m Bäcker,
+        guest guests Gast m Gäste, gardener gardeners Gärtner m Gärtner, painter painters Maler m Maler,
+        thief thieves Dieb m Diebe, judge judges Richter m Richter, pupil pupils Schüler m Schüler,
+        baby babies Baby n Babys""",
     "animal": """
-        dog dogs Hund m Hunde, cat cats Katze f Katzen, horse horses Pferd n Pferde, bird birds Vogel m Vögel,
-        cow cows Kuh f Kühe, mouse mice Maus f Mäuse, pig pigs Schwein n Schweine, duck ducks Ente f Enten,
-        wolf wolves Wolf m Wölfe, goat goats Ziege f Ziegen, frog frogs Frosch m Frösche""",
+        dog dogs Hund m Hunde, cat cats Katze f Katzen, horse horses Pferd n Pferde,
+        bird birds Vogel m Vögel, cow cows Kuh f Kühe, mouse mice Maus f Mäuse,
+        pig pigs Schwein n Schweine, duck ducks Ente f Enten, wolf wolves Wolf m Wölfe,
+        goat goats Ziege f Ziegen, frog frogs Frosch m Frösche""",
     "thing": """
         book books Buch n Bücher, letter letters Brief m Briefe, table tables Tisch m Tische,
         chair chairs Stuhl m Stühle, lamp lamps Lampe f Lampen, clock clocks Uhr f Uhren,
         picture pictures Bild n Bilder, car cars Auto n Autos, bicycle bicycles Fahrrad n Fahrräder,
-        boat boats Boot n Boote, ball balls Ball m Bälle, box boxes Kiste f Kisten, bag bags Tasche f Taschen,
-        key keys Schlüssel m Schlüssel, knife knives Messer n Messer, spoon spoons Löffel m Löffel,
-        fork forks Gabel f Gabeln, glass glasses Glas n Gläser, bottle bottles Flasche f Flaschen,
-        cup cups Tasse f Tassen, plate plates Teller m Teller, hat hats Hut m Hüte, coat coats Mantel m Mäntel,
-        shirt shirts Hemd n Hemden, dress dresses Kleid n Kleider, shoe shoes Schuh m Schuhe,
-        ring rings Ring m Ringe, coin coins Münze f Münzen, newspaper newspapers Zeitung f Zeitungen,
-        door doors Tür f Türen, window windows Fenster n Fenster, flower flowers Blume f Blumen,
-        violin violins Geige f Geigen, umbrella umbrellas Regenschirm m Regenschirme,
-        basket baskets Korb m Körbe, stone stones Stein m Steine""",
+        boat boats Boot n Boote, ball balls Ball m Bälle, box boxes Kiste f Kisten,
+        bag bags Tasche f Taschen, key keys Schlüssel m Schlüssel, knife knives Messer n Messer,
+        spoon spoons Löffel m Löffel, fork forks Gabel f Gabeln, glass glasses Glas n Gläser,
+        bottle bottles Flasche f Flaschen, cup cups Tasse f Tassen, plate plates Teller m Teller,
+        hat hats Hut m Hüte, coat coats Mantel m Mäntel, shirt shirts Hemd n Hemden,
+        dress dresses Kleid n Kleider, shoe shoes Schuh m Schuhe, ring rings Ring m Ringe,
+        coin coins Münze f Münzen, newspaper newspapers Zeitung f Zeitungen, door doors Tür f Türen,
+        window windows Fenster n Fenster, flower flowers Blume f Blumen, violin violins Geige f Geigen,
+        umbrella umbrellas Regenschirm m Regenschirme, basket baskets Korb m Körbe,
+        stone stones Stein m Steine""",
     "food": """
-        apple apples Apfel m Äpfel, pear pears Birne f Birnen, cake cakes Kuchen m Kuchen, egg eggs Ei n Eier,
-        potato potatoes Kartoffel f Kartoffeln, tomato tomatoes Tomate f Tomaten, nut nuts Nuss f Nüsse,
-        sausage sausages Wurst f Würste, onion onions Zwiebel f Zwiebeln, orange oranges Orange f Orangen""",
+        apple apples Apfel m Äpfel, pear pears Birne f Birnen, cake cakes Kuchen m Kuchen,
+        egg eggs Ei n Eier, potato potatoes Kartoffel f Kartoffeln, tomato tomatoes Tomate f Tomaten,
+        nut nuts Nuss f Nüsse, sausage sausages Wurst f Würste, onion onions Zwiebel f Zwiebeln,
+        orange oranges Orange f Orangen""",
     "place": """
         house houses Haus n Häuser, garden gardens Garten m Gärten, kitchen kitchens Küche f Küchen,
         school schools Schule f Schulen, city cities Stadt f Städte, village villages Dorf n Dörfer,
@@ -62,41 +66,45 @@ NOUNS = {   # English singular, plural; German singular, gender, plural
 
 ADJECTIVES = {   # English, German as a predicate, German stem before an ending if it is another
     "any": """
-        old alt, big groß, small klein, beautiful schön, good gut, strange seltsam, white weiß, black schwarz,
-        dirty schmutzig, ugly hässlich, heavy schwer, famous berühmt""",
+        old alt, big groß, small klein, beautiful schön, good gut, strange seltsam, famous berühmt""",
     "living": """
-        young jung, poor arm, rich reich, friendly freundlich, happy glücklich, sad traurig, tired müde müd,
-        angry wütend, hungry hungrig, strong stark, weak schwach, brave mutig, clever klug, lazy faul""",
+        young jung, poor arm, rich reich, friendly freundlich, happy glücklich, sad traurig,
+        tired müde müd, angry wütend, hungry hungrig, strong stark, weak schwach, brave mutig,
+        clever klug, lazy faul""",
     "dead": """
-        new neu, red rot, blue blau, green grün, yellow gelb, brown braun, cheap billig, expensive teuer teur,
-        clean sauber, dark dunkel dunkl, empty leer, cold kalt, wet nass, dry trocken"""}
+        new neu, red rot, blue blau, green grün, yellow gelb, brown braun, white weiß, black schwarz,
+        dirty schmutzig, ugly hässlich, heavy schwer, cheap billig, expensive teuer teur, clean sauber,
+        dark dunkel dunkl, empty leer, cold kalt, wet nass, dry trocken"""}
 
-# English base and past; German infinitive (a bar after a separable prefix), third person, participle; "s" at the
-# end if the perfect is formed with sein
+# English base and past; German infinitive (a bar after a separable prefix), third person, participle; "s" at
+# the end if the perfect is formed with sein
 VERBS = {
     "no object": """
-        sleep slept / schlafen schläft geschlafen, work worked / arbeiten arbeitet gearbeitet,
+        rest rested / ruhen ruht geruht, work worked / arbeiten arbeitet gearbeitet,
         play played / spielen spielt gespielt, wait waited / warten wartet gewartet,
         laugh laughed / lachen lacht gelacht, cry cried / weinen weint geweint,
         dance danced / tanzen tanzt getanzt, sing sang / singen singt gesungen,
         swim swam / schwimmen schwimmt geschwommen s, smile smiled / lächeln lächelt gelächelt,
-        stay stayed / bleiben bleibt geblieben s, disappear disappeared / verschwinden verschwindet verschwunden s,
+        stay stayed / bleiben bleibt geblieben s,
+        disappear disappeared / verschwinden verschwindet verschwunden s,
         fall_asleep fell_asleep / ein|schlafen schläft eingeschlafen s,
         wake_up woke_up / auf|wachen wacht aufgewacht s, get_up got_up / auf|stehen steht aufgestanden s,
-        arrive arrived / an|kommen kommt angekommen s, come_back came_back / zurück|kommen kommt zurückgekommen s,
+        arrive arrived / an|kommen kommt angekommen s,
+        come_back came_back / zurück|kommen kommt zurückgekommen s,
         go_away went_away / weg|gehen geht weggegangen s, listen listened / zu|hören hört zugehört,
         take_part took_part / teil|nehmen nimmt teilgenommen""",
     "any": """
-        see saw / sehen sieht gesehen, find found / finden findet gefunden, draw drew / zeichnen zeichnet gezeichnet,
-        forget forgot / vergessen vergisst vergessen, carry carried / tragen trägt getragen,
-        know knew / kennen kennt gekannt, love loved / lieben liebt geliebt,
-        admire admired / bewundern bewundert bewundert, describe described / beschreiben beschreibt beschrieben,
+        see saw / sehen sieht gesehen, find found / finden findet gefunden,
+        draw drew / zeichnen zeichnet gezeichnet, forget forgot / vergessen vergisst vergessen,
+        carry carried / tragen trägt getragen, know knew / kennen kennt gekannt,
+        love loved / lieben liebt geliebt, admire admired / bewundern bewundert bewundert,
+        describe described / beschreiben beschreibt beschrieben,
         hide hid / verstecken versteckt versteckt, need needed / brauchen braucht gebraucht,
         look_for looked_for / suchen sucht gesucht, watch watched / beobachten beobachtet beobachtet""",
     "person": """
         visit visited / besuchen besucht besucht, greet greeted / grüßen grüßt gegrüßt,
         hear heard / hören hört gehört, understand understood / verstehen versteht verstanden,
-        ask asked / fragen fragt gefragt, kiss kissed / küssen küsst geküsst,
+        ask asked / fragen fragt gefragt, comfort comforted / trösten tröstet getröstet,
         meet met / treffen trifft getroffen, invite invited / ein|laden lädt eingeladen,
         call called / an|rufen ruft angerufen, fetch fetched / ab|holen holt abgeholt,
         introduce introduced / vor|stellen stellt vorgestellt""",
@@ -105,41 +113,48 @@ VERBS = {
         lose lost / verlieren verliert verloren, steal stole / stehlen stiehlt gestohlen,
         wash washed / waschen wäscht gewaschen, repair repaired / reparieren repariert repariert,
         open opened / auf|machen macht aufgemacht, close closed / zu|machen macht zugemacht,
-        choose chose / aus|suchen sucht ausgesucht, bring_along brought_along / mit|bringen bringt mitgebracht,
-        throw_away threw_away / weg|werfen wirft weggeworfen, give_back gave_back / zurück|geben gibt zurückgegeben,
+        choose chose / aus|suchen sucht ausgesucht,
+        bring_along brought_along / mit|bringen bringt mitgebracht,
+        throw_away threw_away / weg|werfen wirft weggeworfen,
+        give_back gave_back / zurück|geben gibt zurückgegeben,
         pick_up picked_up / auf|heben hebt aufgehoben""",
     "food": """
-        eat ate / essen isst gegessen, cook cooked / kochen kocht gekocht, try tried / probieren probiert probiert,
-        peel peeled / schälen schält geschält, order ordered / bestellen bestellt bestellt""",
+        eat ate / essen isst gegessen, cook cooked / kochen kocht gekocht,
+        try tried / probieren probiert probiert, peel peeled / schälen schält geschält,
+        order ordered / bestellen bestellt bestellt""",
     "dative": """
         help helped / helfen hilft geholfen, thank thanked / danken dankt gedankt,
         answer answered / antworten antwortet geantwortet, trust trusted / vertrauen vertraut vertraut,
-        follow followed / folgen folgt gefolgt s, congratulate congratulated / gratulieren gratuliert gratuliert,
+        follow followed / folgen folgt gefolgt s,
+        congratulate congratulated / gratulieren gratuliert gratuliert,
         listen_to listened_to / zu|hören hört zugehört""",
     "dative and thing": """
-        give gave / geben gibt gegeben, show showed / zeigen zeigt gezeigt, send sent / schicken schickt geschickt,
-        lend lent / leihen leiht geliehen, bring brought / bringen bringt gebracht,
-        offer offered / an|bieten bietet angeboten, promise promised / versprechen verspricht versprochen""",
+        give gave / geben gibt gegeben, show showed / zeigen zeigt gezeigt,
+        send sent / schicken schickt geschickt, lend lent / leihen leiht geliehen,
+        bring brought / bringen bringt gebracht, offer offered / an|bieten bietet angeboten,
+        promise promised / versprechen verspricht versprochen""",
     "that": """
-        say said / sagen sagt gesagt, believe believed / glauben glaubt geglaubt, hope hoped / hoffen hofft gehofft,
-        know knew / wissen weiß gewusst, dream dreamed / träumen träumt geträumt,
-        write wrote / schreiben schreibt geschrieben"""}
+        say said / sagen sagt gesagt, believe believed / glauben glaubt geglaubt,
+        hope hoped / hoffen hofft gehofft, know knew / wissen weiß gewusst,
+        dream dreamed / träumen träumt geträumt, write wrote / schreiben schreibt geschrieben"""}
 
-MODALS = {   # German forms for ich, du, er; wir and sie are the infinitive
-    "can": "kann kannst kann können", "must": "muss musst muss müssen", "want to": "will willst will wollen",
-    "should": "soll sollst soll sollen", "may": "darf darfst darf dürfen", "will": "werde wirst wird werden"}
+MODALS = {   # German forms for ich, du, er, wir, sie
+    "can": "kann kannst kann können können", "must": "muss musst muss müssen müssen",
+    "want to": "will willst will wollen wollen", "should": "soll sollst soll sollen sollen",
+    "may": "darf darfst darf dürfen dürfen", "will": "werde wirst wird werden werden"}
 
 PRONOUNS = {   # person: English subject, object; German nominative, accusative, dative
-    "I": "I me ich mich mir", "you": "you you du dich dir", "he": "he him er ihn ihm", "she": "she her sie sie ihr",
-    "we": "we us wir uns uns", "they": "they them sie sie ihnen"}
+    "I": "I me ich mich mir", "you": "you you du dich dir", "he": "he him er ihn ihm",
+    "she": "she her sie sie ihr", "we": "we us wir uns uns", "they": "they them sie sie ihnen"}
 POSSESSIVES = {"my": "mein", "your": "dein", "his": "sein", "her": "ihr", "our": "unser", "their": "ihr"}
 TIMES = {   # what goes with a tense; "any" with all
     "present": "today / heute, now / jetzt, every day / jeden Tag, often / oft",
     "past": "yesterday / gestern, last week / letzte Woche, last year / letztes Jahr",
     "modal": "tomorrow / morgen, soon / bald, next week / nächste Woche, today / heute",
-    "any": """in the morning / am Morgen, in the evening / am Abend, at night / in der Nacht, on Monday / am Montag,
-        on Wednesday / am Mittwoch, on Friday / am Freitag, on Sunday / am Sonntag, in May / im Mai,
+    "any": """in the morning / am Morgen, in the evening / am Abend, at night / in der Nacht,
+        on Monday / am Montag, on Wednesday / am Mittwoch, on Friday / am Freitag, on Sunday / am Sonntag, in May / im Mai,
         in summer / im Sommer, in winter / im Winter"""}
+PLACES = [("in", "in"), ("in", "in"), ("behind", "hinter"), ("in front of", "vor"), ("next to", "neben")]
 CONJUNCTIONS = {"because": "weil", "although": "obwohl", "while": "während", "if": "wenn", "before": "bevor"}
 QUESTIONS = {"why": "warum", "when": "wann", "how often": "wie oft"}
 
@@ -152,7 +167,7 @@ def phrases(text):
     return [tuple(part.strip() for part in entry.split("/")) for entry in text.split(",")]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numerals
 
 UNITS = [("", ""), ("one", "ein"), ("two", "zwei"), ("three", "drei"), ("four", "vier"), ("five", "fünf"),
@@ -165,7 +180,7 @@ TENS = [("twenty", "zwanzig"), ("thirty", "dreißig"), ("forty", "vierzig"), ("f
 
 
 def numeral(n):
-    """(English, German) of 1 <= n < 1,000,000. A final one is "ein", as before a noun or in a longer numeral."""
+    """(English, German) of 1 <= n < 1,000,000. A final one is "ein", as inside a longer numeral."""
     if n < 20:
         return UNITS[n]
     if n < 100:
@@ -179,7 +194,7 @@ def numeral(n):
     return f"{head[0]} {en} {'and ' if rest < 100 else ''}{tail[0]}", head[1] + de + tail[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Noun phrases: the article or the adjective must show gender, number and case
 
 STRONG = {"nom": dict(m="er", f="e", n="es", p="e"), "acc": dict(m="en", f="e", n="es", p="e"),
@@ -209,9 +224,9 @@ class NounPhrase(NamedTuple):
 
 def noun_phrase(det, adjective, noun, plural=False):
     """
-    det: the, this, these, a, "not a", my, your, ..., or an (English, German) numeral. adjective: row of ADJECTIVES
-    or None. noun: row of NOUNS. The adjective's ending is weak after a determiner with an ending; otherwise it
-    has to show the case itself.
+    det: the, this, these, a, "not a", my, your, ..., or an (English, German) numeral. adjective: a row of
+    ADJECTIVES or None. noun: a row of NOUNS. The adjective's ending is weak after a determiner that has one;
+    otherwise the adjective has to show the case.
     """
     one, many, de_one, gender, de_many = noun
     gender = "p" if plural else gender
@@ -239,7 +254,7 @@ def pronoun(person):
     return NounPhrase(subject, dict(nom=nom, acc=acc, dat=dat), "he" if person == "she" else person, object)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Clauses
 
 class Clause(NamedTuple):
@@ -289,7 +304,7 @@ def english(c, question=False):
 
 
 def conjugate(infinitive, er, who):
-    """The present form of a German verb; er is its third person singular, from which du and wissen's ich follow."""
+    """The present form of a German verb; er: its third person singular, which has the vowel of du as well."""
     if who == "he":
         return er
     if who in ("we", "they"):
@@ -298,13 +313,15 @@ def conjugate(infinitive, er, who):
         return er + "t" * (who == "you")
     if who == "you":
         return er if er[-2] in "sßz" else er[:-1] + "st"
-    return infinitive[:-3] + "le" if infinitive.endswith("eln") else infinitive.removesuffix("n").removesuffix("e") + "e"
+    if infinitive.endswith("eln"):
+        return infinitive[:-3] + "le"                        # lächeln: ich lächle
+    return infinitive.removesuffix("n").removesuffix("e") + "e"
 
 
 def german(c, order="second", front=None):
     """
-    The words of a clause in German order: the finite verb "second" (with the subject or `front` before it), "first"
-    (questions; after a question word too) or "last" (subordinate clauses).
+    The words of a clause in German order: the finite verb "second" (with the subject or `front` before it),
+    "first" (in a question) or "last" (in a subordinate clause).
     """
     who = c.subject.who
     sein = dict(I="bin", you="bist", he="ist", we="sind", they="sind")
@@ -316,14 +333,13 @@ def german(c, order="second", front=None):
         if c.tense == "present":
             finite = conjugate(infinitive, c.verb[3], who)
         elif c.tense == "past":
-            finite, end = (sein[who] if c.verb[-1] == "s" else
-                           dict(I="habe", you="hast", he="hat").get(who, "haben")), [c.verb[4]]
-            prefix = ""
+            haben = dict(I="habe", you="hast", he="hat").get(who, "haben")
+            finite, end, prefix = sein[who] if c.verb[-1] == "s" else haben, [c.verb[4]], ""
         else:
-            finite = MODALS[c.tense].split()[["I", "you", "he"].index(who) if who in ("I", "you", "he") else 3]
-            end, prefix = [prefix + infinitive], ""
+            forms = dict(zip(("I", "you", "he", "we", "they"), MODALS[c.tense].split()))
+            finite, end, prefix = forms[who], [prefix + infinitive], ""
     objects = [(o.me, o.de[case]) for o, case in ((c.dative, "dat"), (c.accusative, "acc")) if o]
-    middle = [text for me, text in objects if me]                           # pronouns, time, nouns, not, place
+    middle = [text for me, text in objects if me]            # pronouns, time, nouns, not, place
     middle += [c.time[1]] if c.time else []
     middle += [text for me, text in objects if not me] + ["nicht"] * (c.negated and not c.kein)
     middle += [part[1] for part in (c.place, c.predicate) if part]
@@ -332,12 +348,12 @@ def german(c, order="second", front=None):
         words = [subject, *middle, *end, prefix + finite]
     else:
         end += [prefix] * bool(prefix)
-        first = [front, finite, subject] if front else [finite, subject] if order == "first" else [subject, finite]
-        words = [*first, *middle, *end]
+        start = [subject, finite] if order == "second" and not front else [front, finite, subject]
+        words = [*filter(None, start), *middle, *end]
     return " ".join(words)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Drawing sentences
 
 NOUNS = {kind: table(text) for kind, text in NOUNS.items()}
@@ -345,12 +361,12 @@ ADJECTIVES = {kind: table(text) for kind, text in ADJECTIVES.items()}
 VERBS = {kind: table(text.replace("/", "")) for kind, text in VERBS.items()}
 TIMES = {tense: phrases(text) for tense, text in TIMES.items()}
 COST = "cost cost kosten kostet gekostet".split()
-LIVING, DEAD = ("person", "person", "animal"), ("thing", "food")
+LIVING, DEAD = ("person", "person", "animal"), ("thing", "thing", "food")
 
 
 def draw_number(rng):
     """2 to 999,999, short ones more often. Not 1, 101, ...: a final one would be inflected."""
-    digits = rng.choice((1, 1, 2, 2, 2, 3, 3, 4, 5, 6))
+    digits = rng.choice((1, 1, 2, 2, 2, 2, 3, 3, 4, 6))
     n = rng.randrange(10 ** (digits - 1), 10 ** digits)
     return n + 1 if n % 100 == 1 else n
 
@@ -359,7 +375,7 @@ def draw_noun_phrase(rng, kinds, negated=False):
     """A phrase about one of `kinds` of nouns; an object that a negation may turn from ein into kein."""
     kind = rng.choice(kinds)
     adjective = None
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         suits = () if kind == "place" else ADJECTIVES["living" if kind in LIVING else "dead"]
         adjective = rng.choice((*ADJECTIVES["any"], *suits))
     noun, det = rng.choice(NOUNS[kind]), rng.choice(("the", "the", "the", "a", "a", "this", "my", "number"))
@@ -373,23 +389,21 @@ def draw_noun_phrase(rng, kinds, negated=False):
     return noun_phrase("these" if det == "this" and plural else det, adjective, noun, plural)
 
 
-def draw_person(rng, but=None):
+def draw_person(rng, but=None, negated=False):
     """A living being as a phrase or a pronoun. `but`: the subject, which an object must not repeat."""
-    if rng.random() > 0.3:
-        return draw_noun_phrase(rng, LIVING)
-    person = rng.choice(list(PRONOUNS))
-    if but and but.me and (person == but.who or {person, but.who} == {"I", "we"}):
-        return draw_noun_phrase(rng, LIVING)
+    person = rng.choice(list(PRONOUNS)) if rng.random() < 0.3 else None
+    if not person or but and but.me and (person == but.who or {person, but.who} == {"I", "we"}):
+        return draw_noun_phrase(rng, LIVING, negated)
     return pronoun(person)
 
 
 def draw_place(rng):
     """(English, German): where, or with whom."""
     if rng.random() < 0.3:
-        (en, de), case, who = rng.choice(((("with", "mit"), "dat"), (("without", "ohne"), "acc"))) + (
-            draw_noun_phrase(rng, LIVING),)
+        en, de, case = rng.choice((("with", "mit", "dat"), ("without", "ohne", "acc")))
+        who = draw_noun_phrase(rng, LIVING)
         return f"{en} {who.en}", f"{de} {who.de[case]}"
-    en, de = rng.choice((("in", "in"), ("in", "in"), ("behind", "hinter"), ("in front of", "vor"), ("next to", "neben")))
+    en, de = rng.choice(PLACES)
     where = draw_noun_phrase(rng, ("place",))
     return f"{en} {where.en}", f"{de} {where.de['dat']}".replace("in dem ", "im ")
 
@@ -397,25 +411,24 @@ def draw_place(rng):
 def draw_clause(rng, negatable=True):
     """A clause with everything but its word order."""
     subject, tense = draw_person(rng), rng.choice(("present", "present", "past", "modal"))
-    time = rng.choice(TIMES["any"] + TIMES[tense] * 2) if rng.random() < 0.4 else None
+    time = rng.choice(TIMES["any"] + TIMES[tense] * 2) if rng.random() < 0.3 else None
     if tense == "modal":
         tense = rng.choice(list(MODALS))
     negated = negatable and tense not in ("can", "must") and rng.random() < 0.15
-    place = draw_place(rng) if rng.random() < 0.25 else None
+    place = draw_place(rng) if rng.random() < 0.2 else None
     c = Clause(subject, None, tense, time=time, place=place, negated=negated)
-    kind = rng.choice(("be", "no object", "no object", "any", "any", "person", "person", "thing", "thing", "thing",
-                       "food", "dative", "dative and thing", "dative and thing"))
+    kind = rng.choice(("be", "no object", "no object", "any", "any", "person", "person", "thing", "thing",
+                       "thing", "food", "dative", "dative and thing", "dative and thing"))
     if kind == "be":
         return draw_state(rng, c._replace(place=None))
     c = c._replace(verb=rng.choice(VERBS[kind]))
     if kind.startswith("dative"):
         c = c._replace(dative=draw_person(rng, but=subject))
     if kind == "person" or kind == "any" and rng.random() < 0.5:
-        c = c._replace(accusative=draw_person(rng, but=subject))
+        c = c._replace(accusative=draw_person(rng, subject, negated))
     elif kind in ("any", "thing", "food", "dative and thing"):
-        thing = draw_noun_phrase(rng, ("food",) if kind == "food" else DEAD, negated)
-        c = c._replace(accusative=thing, kein=thing.de["acc"].startswith("kein"))
-    return c
+        c = c._replace(accusative=draw_noun_phrase(rng, ("food",) if kind == "food" else DEAD, negated))
+    return c._replace(kein=bool(c.accusative) and c.accusative.de["acc"].startswith("kein"))
 
 
 def draw_state(rng, c):
@@ -435,7 +448,7 @@ def draw_state(rng, c):
 
 
 def main_clause(rng):
-    """(English, German) of a main clause, sometimes with its time or place in front: German keeps the verb second."""
+    """(English, German) of a main clause. With its time or place in front, German keeps the verb second."""
     c = draw_clause(rng)
     slot = rng.choice(("time", "place"))
     front = getattr(c, slot)
@@ -447,7 +460,7 @@ def main_clause(rng):
 
 def sentence(rng):
     """One (English, German) pair, a function of the random.Random `rng` alone."""
-    sort = rng.choice(("main",) * 4 + ("sub",) * 2 + ("sub first", "that", "that", "question", "and"))
+    sort = rng.choice(("main",) * 6 + ("sub", "sub", "sub first", "that", "that", "question", "and"))
     mark = "."
     if sort == "main":
         en, de = main_clause(rng)

@@ -2,8 +2,8 @@
 Tiny Shakespeare: 1.1 MB of his plays in one file. Public domain.
 From https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 
-Train is the first 90 % of the characters, val the rest: nanoGPT's split, so that losses in bits per byte compare
-(its loss in nats per character / ln 2; the file is pure ASCII, so a character is a byte).
+Train is the first 90 % of the characters, val the rest: nanoGPT's split, so that losses compare (in bits per
+byte: nats per character / ln 2, as the file is pure ASCII).
 
     python data/shakespeare/prepare.py                          # BPE of 1024 tokens, 2 s
     python data/shakespeare/prepare.py --data_dir=FOLDER        # FOLDER/input.txt is there already

@@ -1,7 +1,8 @@
 """
-The default corpus: what every Python already has, so it needs no network. Two domains that look nothing alike:
+The default corpus: what every Python already has, so it needs no network. Two domains that look nothing
+alike:
 
-    prose   English: the topics of Python's help() and the standard library's docstrings, prose paragraphs only
+    prose   English: the topics of Python's help() and the standard library's docstrings, paragraphs of prose
     code    Python: the standard library's source without its docstrings
 
 About 1.3 MB of prose and 2.5 MB of code (--code_bytes). PSF licence, (c) Python Software Foundation.
@@ -15,9 +16,8 @@ Seen on CPython 3.11 (3.10 to 3.13 differ by a few per cent)
           val    prose    37                77,454          20,220
                  code     20               246,349          69,933
 
-A tenth of all files and topics is held out, in both domains at once: no held-out module is seen in training, as
-code or as docstring. Inside the standard library texts are copied from file to file, so a paragraph of prose that
-was met before is dropped.
+A tenth of all files and topics is held out, in both domains at once: no held-out module is seen in training,
+as code or as docstring. The standard library quotes itself, so a paragraph met before is dropped.
 """
 import ast
 import hashlib
@@ -31,8 +31,8 @@ import warnings
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common import TOKENIZERS, make_tokenizer, run, write_text
 
-SKIP = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data", "distutils", "ensurepip",
-        "site-packages", "dist-packages", "__pycache__"}
+SKIP = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data", "distutils",
+        "ensurepip", "site-packages", "dist-packages", "__pycache__"}
 
 
 def name_hash(name):
@@ -45,7 +45,7 @@ def held_out(name):
 
 
 def sources():
-    """{relative path with /: absolute path} of the standard library's modules, in an order that mixes packages."""
+    """{relative path with /: absolute path} of the standard library's modules, packages mixed."""
     root, found = sysconfig.get_paths()["stdlib"], {}
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in SKIP and not f.startswith("config-")]
@@ -62,7 +62,7 @@ def is_prose(paragraph):
 
 
 def prose(text, seen):
-    """The prose paragraphs of a text, one a line with an empty line between, without those already in `seen`."""
+    """The prose paragraphs of a text, one a line with an empty line between, without those in `seen`."""
     found = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text) if is_prose(p)]
     new = [p for p in dict.fromkeys(found) if p not in seen]
     seen.update(new)
@@ -70,7 +70,7 @@ def prose(text, seen):
 
 
 def statements(node):
-    """All statements below a node; unlike ast.walk it does not go into expressions, which saves half the time."""
+    """All statements below a node. Unlike ast.walk it stays out of expressions, which saves half the time."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.expr):
             yield child
@@ -90,7 +90,7 @@ def split_source(text):
         head, tail = lines[first][:node.body[0].col_offset], lines[last][node.body[0].end_col_offset:]
         alone = len(node.body) == 1 and node is not tree
         rest = head + b"pass" * alone + tail
-        lines[first:last + 1] = [rest if rest.strip() else b""] + [b""] * (last - first)   # keeps later numbers
+        lines[first:last + 1] = [rest if rest.strip() else b""] + [b""] * (last - first)    # keeps numbers
     code = re.sub(r"[ \t\f]+\n", "\n", b"".join(lines).decode())
     code = re.sub(r":\n\n+", ":\n", re.sub(r"\n{4,}", "\n\n\n", code))     # the holes where docstrings were
     return "\n\n".join(docs), code.strip() + "\n"
@@ -103,14 +103,13 @@ def main(args):
         topics = {}                              # some distributions leave them out; the docstrings remain
     files = sources()
     if not files:
-        raise FileNotFoundError(f"no source code in {sysconfig.get_paths()['stdlib']}: "
-                                "this Python comes without it, so prepare another corpus, say data/shakespeare")
+        raise FileNotFoundError(f"no source code in {sysconfig.get_paths()['stdlib']}: this Python comes "
+                                "without it, so prepare another corpus, say data/shakespeare")
     if args.limit:
         topics, files = ({name: d[name] for name in list(d)[:args.limit]} for d in (topics, files))
 
     splits = {split: {"prose": [], "code": []} for split in ("train", "val")}
-    seen = set()      # topics quote each other, modules their cousins: each paragraph stays where it is first met,
-                      # so none is in both splits
+    seen = set()      # topics quote each other, modules their cousins: a paragraph stays where it is first met
     for name, text in sorted(topics.items()):
         if text := prose(text, seen):
             splits["val" if held_out(name) else "train"]["prose"].append(text)
