@@ -75,8 +75,13 @@ class Experts(nn.Module):
 def grouped_mm(rows, w, counts):
     """Each expert's rows times its matrix: rows (M, A) sorted by expert, w (E, A, B), counts (E,) -> (M, B)."""
     aligned = all(width * rows.element_size() % 16 == 0 for width in w.shape[1:])
-    if rows.dtype == torch.float64 or not aligned or not len(rows):  # the kernel knows none of these: the plain loop
+    known = rows.dtype == torch.bfloat16 or rows.dtype == torch.float32 and rows.device.type == "cpu"
+    if not known or not aligned or not len(rows):  # what the kernel does not promise: the plain loop, with a sync
         return torch.cat([r @ m for r, m in zip(rows.split(counts.tolist()), w.unbind())])
+    if w.is_cuda and w.requires_grad:
+        # On Blackwell the weight gradient of an expert without rows is left uninitialised (pytorch issue 172439)
+        w = w.view_as(w)
+        w.register_hook(lambda grad: grad.masked_fill((counts == 0)[:, None, None], 0))
     return F.grouped_mm(rows.contiguous(), w, offs=counts.cumsum(0).to(torch.int32))
 
 
