@@ -96,8 +96,8 @@ class Batch:
 
     def mean(self, t):
         """Mean over the rows of the global batch, (n, ...) -> (...); value global, gradient this rank's share."""
-        ones = t.new_ones(t.shape[0], 1)
-        s = self.sum(torch.cat([t.reshape(t.shape[0], -1), ones], 1))
+        rows = t.flatten(1) if t.dim() > 1 else t[:, None]  # a rank may have no row at all
+        s = self.sum(torch.cat([rows, t.new_ones(t.shape[0], 1)], 1))
         return (s[:-1] / s[-1].detach().clamp(min=1)).view(t.shape[1:])
 
     def per_group(self, fn, *tensors):
@@ -140,7 +140,8 @@ class Gate(nn.Module):
 
 def gates():
     """{name: class} of every gate in this file; the name is the class name in lower case."""
-    return {c.__name__.lower(): c for c in Gate.__subclasses__()}
+    classes = [c for c in globals().values() if isinstance(c, type) and issubclass(c, Gate) and c is not Gate]
+    return {c.__name__.lower(): c for c in classes}
 
 
 def make_gate(name, args="", **offered):
