@@ -137,9 +137,11 @@ class Mesh:
         """
         sent = table[self.ep_rank].view(self.ep, -1).sum(1)
         peer = torch.arange(self.ep, device=table.device) + self.rank - self.ep_rank
-        stays, near = peer == self.rank, peer // self.local == self.node
-        tokens = {"rank": sent[stays].sum(), "node": sent[near & ~stays].sum(), "far": sent[~near].sum()}
-        return {name: v for k, n in tokens.items() for name, v in ((f"tokens_{k}", n), (f"bytes_{k}", n * row_bytes))}
+        rank, node = peer == self.rank, peer // self.local == self.node
+        where = {"rank": rank, "node": node & ~rank, "far": ~node}
+        tokens = {name: (sent * mask).sum() for name, mask in where.items()}
+        return ({f"tokens_{name}": n for name, n in tokens.items()}
+                | {f"bytes_{name}": n * row_bytes for name, n in tokens.items()})
 
     # -- gradients -------------------------------------------------------------------------------------------
 
@@ -165,8 +167,8 @@ class Mesh:
     def clip_grad_norm(self, model, max_norm):
         """Scale gradients to the global norm max_norm (0: only measure). Returns the norm before, 0-dim.
 
-        Call after sync_grads. Each expert counts once and every rank gets the same bits (gathered, then summed
-        in fixed order), so `if not norm.isfinite(): skip` is taken by all ranks or by none.
+        Call after sync_grads. Each expert counts once and every rank gets the same bits (a gather, a sum in
+        fixed order): `if not norm.isfinite(): skip` is taken by all ranks or by none.
         """
         experts = expert_ids(model)
         params = [p for p in model.parameters() if p.grad is not None]
@@ -190,20 +192,20 @@ class Mesh:
 
     def part(self, t):
         """(E, ...) -> a copy of this rank's (E/ep, ...) slice."""
-        return t if self.ep == 1 else t.view(self.ep, -1, *t.shape[1:])[self.ep_rank].clone()
+        return t if self.ep == 1 else t.unflatten(0, (self.ep, -1))[self.ep_rank].clone()
 
 
 # -- start ---------------------------------------------------------------------------------------------------
 
 def layout(world, n_experts, ep=0, local=0, two_level=False):
     """Checked (ep, ranks per node). The defaults: the largest ep that fits, one node."""
-    ep, local, fits = ep or gcd(world, n_experts or 1), local or world, gcd(world, n_experts or 1)
-    if ep < 1 or fits % ep:
-        good = ", ".join(str(n) for n in range(1, fits + 1) if fits % n == 0)
-        raise ValueError(f"ep={ep} must divide the {world} ranks and the {n_experts} experts: choose from {good}")
-    if local < 1 or world % local:
-        good = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ValueError(f"ranks_per_node={local} must divide the {world} ranks: choose from {good}")
+    both = gcd(world, n_experts or 1)
+    ep, local = ep or both, local or world
+    for name, n, of, what in (("ep", ep, both, f"{world} ranks and the {n_experts} experts"),
+                              ("ranks_per_node", local, world, f"{world} ranks")):
+        if n < 1 or of % n:
+            good = ", ".join(str(n) for n in range(1, of + 1) if of % n == 0)
+            raise ValueError(f"{name}={n} must divide the {what}: choose from {good}")
     if two_level and ep % local and local % ep:
         raise ValueError(f"two_level needs ep={ep} to be a multiple or a divisor of ranks_per_node={local}")
     return ep, local
@@ -337,8 +339,8 @@ def named_params(model, optimizer):
 def full_state(model, optimizer, mesh):
     """{"model": {name: tensor}, "optimizer": {parameter: {exp_avg, exp_avg_sq, step}}}, copies on the CPU.
 
-    Experts whole, by global id. Collective, the same result on every rank. The optimizer's settings are not in
-    it: they are functions of the step. optimizer may be None.
+    Experts whole, by global id. Collective, the same result on every rank. The optimizer may be None; its
+    settings (learning rate, ...) are left out: they are functions of the step.
     """
     experts = expert_ids(model)
 
@@ -364,15 +366,14 @@ def load_state(model, optimizer, state, mesh):
     def mine(t, p):
         return mesh.part(t) if id(p) in experts and t.shape == shape(p) else t
 
-    pairs = [(f"{name}", t, state["model"].get(name)) for name, t in tensors.items()]
-    pairs += [(f"optimizer {key} of {name}", p, moments[name][key]) for name, p in params.items()
-              for key in moments.get(name, ()) if key != "step"]
-    wrong = [f"{name} is missing" for name, _, t in pairs if t is None]
-    wrong += [f"{name} is unknown" for name in state["model"] if name not in tensors]
-    wrong += [f"{name} is {tuple(t.shape)} instead of {shape(p)}" for name, p, t in pairs
-              if t is not None and tuple(t.shape) != shape(p)]
-    wrong += [f"optimizer state of {name} is {'missing' if name in params else 'unknown'}"
-              for name in chain(params, moments) if (name in params) != (name in moments)]
+    want = {name: shape(t) for name, t in tensors.items()}
+    want |= {f"{key} of {name}": shape(p) for name, p in params.items()
+             for key in moments.get(name, ["optimizer state"]) if key != "step"}
+    have = {name: tuple(t.shape) for name, t in state["model"].items()}
+    have |= {f"{key} of {name}": tuple(t.shape) for name in moments
+             for key, t in moments[name].items() if key != "step"}
+    wrong = [f"{name} is {have.get(name, 'missing')}, here {want.get(name, 'unknown')}"
+             for name in want | have if want.get(name) != have.get(name)]
     if wrong:
         more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise ValueError(f"the checkpoint does not fit this model: {'; '.join(wrong[:12])}{more}")
@@ -401,10 +402,8 @@ def save(path, state):
             os.fsync(file.fileno())
         os.replace(tmp, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)                   # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
+        os.fsync(folder)                       # the rename itself must survive a power cut
+        os.close(folder)
     except (OSError, RuntimeError) as error:   # torch's zip writer reports a failed write as RuntimeError
         with suppress(OSError):
             tmp.unlink(missing_ok=True)        # a full disk needs the space back

@@ -25,8 +25,8 @@ def _child(rank, world, folder, timeout, fn, args):
 def run_ranks(world, fn, *args, timeout=60):
     """[fn(rank, world, *args) for each rank], run in parallel; the process group exists already.
 
-    The first exception of a rank is raised here with its traceback, TimeoutError after `timeout` seconds. fn must
-    be a module-level function: where there is a GPU the processes are spawned, since CUDA does not survive a fork.
+    The first exception of a rank is raised here with its traceback, TimeoutError after `timeout` seconds. fn
+    must be a module-level function: with a GPU processes are spawned, since CUDA does not survive a fork.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(_child, (world, folder, timeout, fn, args), world, join=False,

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as td
 import torch.multiprocessing as mp
+from torch.multiprocessing import ProcessRaisedException
 from torch import nn
 
 from ranks import run_ranks
@@ -27,7 +29,7 @@ E, D, H, K, V, STEPS, MICRO, N = 8, 6, 5, 2, 11, 12, 2, 24       # N tokens in a
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]       # (W, ep)
 
 
-# -- a minimal MoE ---------------------------------------------------------------------------------------------
+# -- a minimal MoE -----------------------------------------------------------------------------------------
 
 class Experts(nn.Module):
     sharded = True
@@ -57,16 +59,18 @@ class MoE(nn.Module):
         rows, mine, back = self.mesh.to_experts(x[n], counts)
         rows = self.mesh.to_tokens(self.experts(rows, mine), back)
         load, tokens = self.mesh.all_reduce(counts), self.mesh.all_reduce(torch.tensor(len(x)))
-        switch = E * (load / load.sum() * probs.sum(0) / tokens).sum()          # linear: this rank's share
-        total = self.mesh.sum(G.sum(0))                                         # not linear: needs the global sum
-        return torch.zeros_like(x).index_add(0, n, rows * G[n, e, None]), switch, total.var() / total.mean() ** 2
+        switch = E * (load / load.sum() * probs.sum(0) / tokens).sum()  # linear: this rank's share
+        total = self.mesh.sum(G.sum(0))                                 # not linear: needs the global sum
+        y = torch.zeros_like(x).index_add(0, n, rows * G[n, e, None])
+        return y, switch, total.var() / total.mean() ** 2
 
 
 class Net(nn.Module):
     def __init__(self, mesh):
         super().__init__()
         torch.manual_seed(1)
-        self.inp, self.layers, self.head = nn.Linear(D, D), nn.ModuleList([MoE(mesh), MoE(mesh)]), nn.Linear(D, V)
+        self.inp, self.head = nn.Linear(D, D), nn.Linear(D, V)
+        self.layers = nn.ModuleList([MoE(mesh), MoE(mesh)])
         self.idle = nn.Parameter(torch.ones(3))           # no gradient on any rank
         self.rare = nn.Parameter(torch.ones(D))           # a gradient on some ranks only
         self.register_buffer("temperature", torch.tensor(2.0))
@@ -91,27 +95,33 @@ def batch(step, dtype=torch.float64):
     return x, y
 
 
+@pytest.fixture(autouse=True)
+def default_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def make(mesh, dtype=torch.float64):
     torch.set_default_dtype(dtype)
     model = Net(mesh)
     return model, torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
 
 
-def train_step(model, opt, mesh, step, dtype=torch.float64, after_sync=None):
-    """One step on this rank's slice of the global batch -> logits (MICRO, n, V), global task loss, norm."""
-    x, y = (t.chunk(mesh.world, 1)[mesh.rank] for t in batch(step, dtype))
+def train_step(model, opt, mesh, step, dtype=torch.float64, micro=MICRO, after_sync=None):
+    """One step on this rank's slice of the global batch -> logits (micro, n, V), global task loss, norm."""
+    x, y = (t[:micro].chunk(mesh.world, 1)[mesh.rank] for t in batch(step, dtype))
     targets = mesh.all_reduce((y >= 0).sum())
     opt.zero_grad(set_to_none=True)
     logits, loss = [], 0
     for xs, ys in zip(x, y):
         out, aux = model(xs)
         share = nn.functional.cross_entropy(out, ys, ignore_index=-1, reduction="sum") / targets
-        (share + aux / MICRO).backward()
+        (share + aux / micro).backward()
         logits, loss = logits + [out.detach()], loss + share.detach()
     mesh.sync_grads(model)
     if after_sync:
         after_sync(model)
-    norm = mesh.clip_grad_norm(model, 0.5)
+    norm = mesh.clip_grad_norm(model, 0.1)            # always clips
     opt.step()
     return torch.stack(logits), mesh.all_reduce(loss), norm
 
@@ -123,8 +133,9 @@ def record(mesh, steps=STEPS):
 
     def keep(model):
         experts = dist.expert_ids(model)
-        grads.update({n: (mesh.whole(p.grad) if id(p) in experts else p.grad).clone()
-                      for n, p in model.named_parameters()})
+        for n, p in model.named_parameters():
+            g = torch.zeros_like(p) if p.grad is None else p.grad
+            grads[n] = (mesh.whole(g) if id(p) in experts else g).clone()
     for step in range(steps):
         logits, loss, norm = train_step(model, opt, mesh, step, after_sync=keep if step == 0 else None)
         seen["loss"].append(loss)
@@ -140,19 +151,26 @@ def largest(pairs):
     return worst if worst == worst else float("inf")
 
 
-def parity(rank, world, ep, local=0, two_level=False, mutant=None, steps=STEPS):
-    """{part: largest difference to one process}; with a mutant, a bug is seeded in the many-rank run only."""
-    one, grads1, state1 = record(Mesh(), steps)
+@lru_cache
+def one_process(steps):
+    return record(Mesh(), steps)
+
+
+def parity(rank, world, steps, one, ep, local=0, two_level=False, mutant=None):
+    """{part: largest difference to one process}; with a mutant a bug is seeded into the run on many ranks."""
+    one, grads1, state1 = one
     mesh = make_mesh(rank, world, E, ep, local, two_level=two_level)
     if mutant:
-        MUTANTS[mutant](mesh).start()
+        MUTANTS[mutant][1](mesh).start()
     many, grads, state = record(mesh, steps)
-    one["logits"] = one["logits"].chunk(world, 1)[rank]
+    one = one | {"logits": one["logits"].chunk(world, 1)[rank]}
     out = {k: largest(zip(one[k], many[k])) for k in ("logits", "loss", "norm")}
     kind = {n: "router" if "router" in n else "expert" if "experts" in n else "dense" for n in grads}
-    out |= {k: largest((grads1[n], grads[n]) for n in grads if kind[n] == k) for k in ("router", "expert", "dense")}
+    for k in ("router", "expert", "dense"):
+        out[k] = largest((grads1[n], grads[n]) for n in grads if kind[n] == k)
     out["params"] = largest((state1["model"][n], state["model"][n]) for n in grads)
-    out["moments"] = largest((t, state["optimizer"][n][k]) for n in grads for k, t in state1["optimizer"][n].items())
+    out["moments"] = largest((t, state["optimizer"][n].get(k, torch.zeros(())))
+                             for n in grads for k, t in state1["optimizer"].get(n, {}).items())
     return out
 
 
@@ -160,12 +178,13 @@ def parity(rank, world, ep, local=0, two_level=False, mutant=None, steps=STEPS):
     (2, 1, 0, False), (2, 2, 0, False), (4, 1, 0, False), (4, 2, 0, False), (4, 4, 0, False), (4, 4, 2, True),
     (8, 4, 2, True)])
 def test_equals_one_process(world, ep, local, two_level):
-    """Logits, loss, norm, gradients of the first step (router, experts, dense apart), weights after 12 AdamW steps."""
-    for errors in run_ranks(world, parity, ep, local, two_level):
+    """First step: logits, gradients of router, experts and the rest. Losses, norms, weights of 12 steps."""
+    steps = STEPS if world < 8 else 2
+    for errors in run_ranks(world, parity, steps, one_process(steps), ep, local, two_level):
         assert max(errors.values()) < 1e-12, errors
 
 
-# -- seeded bugs: the comparison above must fail for each --------------------------------------------------------
+# -- seeded bugs: the comparison above must fail for each --------------------------------------------------
 
 def on_reduce(mesh, group, change):
     """Every all_reduce over that group goes wrong: change(tensor, the real all_reduce)."""
@@ -205,8 +224,9 @@ def clip_with(square):
     """A clip whose norm is wrong: square(mesh, sum of squares of this rank's experts)."""
     def wrong(self, model, max_norm):
         experts = dist.expert_ids(model)
-        sums = [sum((p.grad ** 2).sum() for p in model.parameters() if (id(p) in experts) == e) for e in (False, True)]
-        norm = (sums[0] + square(self, sums[1])).sqrt()
+        dense = sum((p.grad ** 2).sum() for p in model.parameters() if id(p) not in experts)
+        mine = sum((p.grad ** 2).sum() for p in model.parameters() if id(p) in experts)
+        norm = (dense + square(self, mine)).sqrt()
         nn.utils.clip_grads_with_norm_(list(model.parameters()), max_norm, norm)
         return norm
     return patch.object(Mesh, "clip_grad_norm", wrong)
@@ -214,7 +234,8 @@ def clip_with(square):
 
 def backward_with(change):
     real = dist.Travel.backward
-    return patch.object(dist.Travel, "backward", staticmethod(lambda ctx, grad, tie: change(ctx, grad, tie, real)))
+    wrong = staticmethod(lambda ctx, grad, tie: change(ctx, grad, tie, real))
+    return patch.object(dist.Travel, "backward", wrong)
 
 
 def same_way(ctx, grad, tie, real):
@@ -227,44 +248,51 @@ def no_way(ctx, grad, tie, real):
     return grad * 0, *rest
 
 
-real_send, real_part, real_exchange = dist.send, Mesh.part, dist.exchange
-MUTANTS = {
-    "experts not summed over replicas": lambda m: on_reduce(m, "dp", lambda t, real: None),
-    "experts averaged over replicas": lambda m: on_reduce(m, "dp", lambda t, real: (real(t), t.div_(m.dp))),
-    "experts summed over the world": lambda m: on_sync(lambda s, model, *_: scale_experts(model, s.ep)),
-    "experts divided by ep": lambda m: on_sync(lambda s, model, *_: scale_experts(model, 1 / s.ep)),
-    "dense gradients averaged": lambda m: on_sync(
-        lambda s, model, dense, *_: set_grads(dense, [p.grad / s.world for p in dense])),
-    "dense gradients not summed": lambda m: on_sync(lambda s, model, dense, keep, _: set_grads(dense, keep)),
-    "missing gradients stay missing": lambda m: on_sync(
-        lambda s, model, dense, keep, missing: set_grads(missing, [None] * len(missing))),
-    "clip per rank": lambda m: clip_with(lambda s, square: square),
-    "clip counts replicas": lambda m: clip_with(lambda s, square: s.all_reduce(square)),
-    "clip leaves experts out": lambda m: clip_with(lambda s, square: square * 0),
-    "swapped splits": lambda m: patch.object(dist, "send", lambda x, to, frm, g: real_send(x, frm, to, g)),
-    "no block transpose": lambda m: patch.object(dist, "swap", lambda x, sizes: x),
-    "transpose on one way only": lambda m: patch.object(
-        dist, "there", lambda x, sizes, mesh: real_exchange(x, sizes.sum(2), mesh)),
-    "backward goes the same way": lambda m: backward_with(same_way),
-    "backward brings nothing": lambda m: backward_with(no_way),
-    "auxiliary loss from local load": lambda m: patch.object(Mesh, "sum", lambda s, t: t),
-    "mean of means": lambda m: patch.object(Mesh, "all_reduce", lambda s, t, group="": t.detach() * s.world),
-    "another rank's experts": lambda m: patch.object(
-        Mesh, "part", lambda s, t: real_part(s, t.roll(len(t) // s.ep, 0))),
+real_send, real_part, real_exchange, real_reduce = dist.send, Mesh.part, dist.exchange, Mesh.all_reduce
+MUTANTS = {     # name: (the part of the comparison that must show it, the bug)
+    "experts not summed over replicas": ("expert", lambda m: on_reduce(m, "dp", lambda t, real: None)),
+    "experts averaged over replicas": ("expert", lambda m: on_reduce(
+        m, "dp", lambda t, real: (real(t), t.div_(m.dp)))),
+    "experts summed too often": ("expert", lambda m: on_sync(
+        lambda s, model, *_: scale_experts(model, s.ep))),
+    "experts divided by ep": ("expert", lambda m: on_sync(
+        lambda s, model, *_: scale_experts(model, 1 / s.ep))),
+    "dense gradients averaged": ("router", lambda m: on_sync(
+        lambda s, model, dense, *_: set_grads(dense, [p.grad / s.world for p in dense]))),
+    "dense gradients not summed": ("router", lambda m: on_sync(
+        lambda s, model, dense, keep, _: set_grads(dense, keep))),
+    "missing gradients stay missing": ("params", lambda m: on_sync(
+        lambda s, model, dense, keep, missing: set_grads(missing, [None] * len(missing)))),
+    "clip per rank": ("moments", lambda m: clip_with(lambda s, square: square)),
+    "clip counts replicas": ("moments", lambda m: clip_with(lambda s, square: s.all_reduce(square))),
+    "clip leaves experts out": ("moments", lambda m: clip_with(lambda s, square: square * 0)),
+    "swapped splits": ("crash", lambda m: patch.object(
+        dist, "send", lambda x, to, frm, group: real_send(x, frm, to, group))),
+    "no block transpose": ("logits", lambda m: patch.object(dist, "swap", lambda x, sizes: x)),
+    "transpose on one way only": ("logits", lambda m: patch.object(
+        dist, "there", lambda x, sizes, mesh: real_exchange(x, sizes.sum(2), mesh))),
+    "backward goes the same way": ("crash", lambda m: backward_with(same_way)),
+    "backward brings nothing": ("dense", lambda m: backward_with(no_way)),
+    "auxiliary loss from local load": ("router", lambda m: patch.object(Mesh, "sum", lambda s, t: t)),
+    "mean of means": ("dense", lambda m: patch.object(
+        Mesh, "all_reduce", lambda s, t: real_reduce(s, t) if t.dim() else t.detach() * s.world)),
+    "another rank's experts": ("logits", lambda m: patch.object(
+        Mesh, "part", lambda s, t: real_part(s, t.roll(len(t) // s.ep, 0)))),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_seeded_bug_is_caught(mutant):
-    try:
-        errors = run_ranks(4, parity, 2, 0, False, mutant, 2, timeout=20)
-    except Exception as error:                       # a crash is caught too, a timeout of the launch is not
-        assert not isinstance(error, TimeoutError)
+    part, args = MUTANTS[mutant][0], (2, one_process(2), 2, 0, False, mutant)
+    if part == "crash":
+        with pytest.raises(ProcessRaisedException, match="(?i)split|connection"):
+            run_ranks(4, parity, *args)
     else:
-        assert max(max(e.values()) for e in errors) > 1e-6, errors
+        errors = run_ranks(4, parity, *args)
+        assert max(e[part] for e in errors) > 1e-6, errors
 
 
-# -- all-to-all ---------------------------------------------------------------------------------------------------
+# -- all-to-all --------------------------------------------------------------------------------------------
 
 def random_counts(world, seed):
     """(world, E) row counts; some ranks send nothing, some experts get nothing, seed 0: nothing at all."""
@@ -280,9 +308,9 @@ def all_to_all(rank, world, ep, local):
     deep = make_mesh(rank, world, E, ep, local, two_level=True)
     assert "inter" in deep.groups
     base, n = rank - flat.ep_rank, E // ep
-    for seed in range(30):
+    for seed in range(30 if world == 4 else 8):
         c, g = random_counts(world, seed)
-        shape = (seed % 3 + 1,) * (seed % 3)                                    # rows of 0, 1 and 2 more dimensions
+        shape = (seed % 3 + 1,) * (seed % 3)                              # rows of 0, 1 and 2 more dimensions
         xs = [torch.randn(int(s), *shape, generator=g) for s in c.sum(1)]
         ys = [torch.randn(int(s), *shape, generator=g) for s in c.sum(1)]
         got = []
@@ -290,7 +318,7 @@ def all_to_all(rank, world, ep, local):
             x = xs[rank].clone().requires_grad_()
             rows, counts, back = mesh.to_experts(x, c[rank])
             blocks = [xs[s].split(c[s].tolist())[e] for e in range(flat.ep_rank * n, (flat.ep_rank + 1) * n)
-                      for s in range(base, base + ep)]                          # by my expert, then by source rank
+                      for s in range(base, base + ep)]                    # by my expert, then by source rank
             assert torch.equal(rows, torch.cat(blocks))
             assert torch.equal(counts, c[base:base + ep, flat.ep_rank * n:(flat.ep_rank + 1) * n].sum(0))
             assert torch.equal(back.table, c[base:base + ep])
@@ -306,7 +334,7 @@ def all_to_all(rank, world, ep, local):
             assert abs(dot[0] - dot[1]) < 1e-4
             got.append((rows, home, x.grad, y.grad))
         assert all(torch.equal(a, b) for a, b in zip(*got))
-    for dtype in (torch.bfloat16, torch.int64):                                 # other types travel as they are
+    for dtype in (torch.bfloat16, torch.int64):                               # other types travel as they are
         x = torch.arange(int(c[rank].sum())).to(dtype)
         rows, _, back = deep.to_experts(x, c[rank])
         assert rows.dtype == dtype and torch.equal(deep.to_tokens(rows, back), x)
@@ -345,7 +373,7 @@ def test_every_rank_takes_part_in_backward():
         run_ranks(2, stepping_out, False, timeout=2)
 
 
-# -- small collectives, gradients -----------------------------------------------------------------------------------
+# -- small collectives, gradients --------------------------------------------------------------------------
 
 def collectives(rank, world):
     mesh = make_mesh(rank, world, E, 4, 2)
@@ -353,7 +381,8 @@ def collectives(rank, world):
     s = mesh.sum(x)
     (s ** 2).sum().backward()
     assert torch.equal(x.grad, 2 * s.detach())                # as if only this rank's term varied
-    assert mesh.any(rank == 2) is True and mesh.any(False) is False and mesh.any(torch.tensor([False, rank == 1]))
+    assert mesh.any(rank == 2) is True and mesh.any(False) is False
+    assert mesh.any(torch.tensor([False, rank == 1]))
     assert mesh.all_reduce(torch.tensor(rank)) == 6
     assert mesh.all_reduce(torch.tensor(float("nan") if rank == 1 else 0.0)).isnan()
     assert mesh.from_main({"path": rank}) == {"path": 0}
@@ -367,7 +396,7 @@ def collectives(rank, world):
     to = c[rank].view(4, 2).sum(1)
     near = rank ^ 1                                           # the other rank of my node
     want = {"rank": to[rank], "node": to[near], "far": to.sum() - to[rank] - to[near]}
-    assert t == {f"tokens_{k}": v for k, v in want.items()} | {f"bytes_{k}": v * 4 * D for k, v in want.items()}
+    assert all(t[f"tokens_{k}"] == n and t[f"bytes_{k}"] == n * 4 * D for k, n in want.items())
     mesh.barrier()
     return s.detach()
 
@@ -377,21 +406,22 @@ def test_collectives():
     assert all(torch.equal(v, values[0]) for v in values)
 
 
-def long_run(rank, world, ep):
+def long_run(rank, world, ep, steps):
     mesh = make_mesh(rank, world, E, ep)
     model, opt = make(mesh, torch.float32)
-    for step in range(100):
-        norm = train_step(model, opt, mesh, step, torch.float32)[2]
+    for step in range(steps):
+        norm = train_step(model, opt, mesh, step, torch.float32, micro=1)[2]
     experts = dist.expert_ids(model)
     return norm, {n: (id(p) in experts, p.detach()) for n, p in model.named_parameters()}
 
 
-def test_replicas_bit_identical_after_100_steps():
-    ranks = run_ranks(4, long_run, 2)
+@pytest.mark.parametrize("world, ep, steps", [(2, 1, 100), (2, 2, 100), (4, 2, 25)])
+def test_replicas_stay_bit_identical(world, ep, steps):
+    ranks = run_ranks(world, long_run, ep, steps)
     for rank, (norm, params) in enumerate(ranks):
         assert torch.equal(norm, ranks[0][0])
         for name, (expert, p) in params.items():
-            twin = ranks[rank % 2 if expert else 0][1][name][1]
+            twin = ranks[rank % ep if expert else 0][1][name][1]
             assert torch.equal(p, twin), (rank, name)
 
 
@@ -405,7 +435,6 @@ def test_clip_matches_torch_and_zero_only_measures():
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters()))
     assert torch.equal(Mesh().clip_grad_norm(model, 0.1), norm)
     assert abs(nn.utils.clip_grad_norm_(model.parameters(), 9) - 0.1) < 1e-6
-    torch.set_default_dtype(torch.float32)
 
 
 def test_single_process_is_the_identity():
@@ -413,7 +442,7 @@ def test_single_process_is_the_identity():
     mesh, x, c = Mesh(), torch.randn(5, D, requires_grad=True), torch.tensor([2, 0, 3])
     rows, counts, back = mesh.to_experts(x, c)
     assert rows is x and counts is c and mesh.to_tokens(rows, back) is x
-    assert mesh.sum(x) is x and torch.equal(mesh.all_reduce(x), x) and mesh.whole(x) is x and mesh.part(x) is x
+    assert all(f(x) is x for f in (mesh.sum, mesh.whole, mesh.part)) and torch.equal(mesh.all_reduce(x), x)
     assert mesh.any(True) and not mesh.any(False) and mesh.from_main(7) == 7 and deepcopy(mesh) is mesh
     assert mesh.traffic(back.table, 2) == dict(tokens_rank=5, tokens_node=0, tokens_far=0,
                                                bytes_rank=10, bytes_node=0, bytes_far=0)
@@ -421,7 +450,7 @@ def test_single_process_is_the_identity():
     mesh.close()
 
 
-# -- start ------------------------------------------------------------------------------------------------------------
+# -- start -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("world, args, message", [
     (4, dict(ep=3), "ep=3 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
@@ -447,7 +476,7 @@ def test_init_without_torchrun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     mesh = dist.init(8, device="cpu")
     assert (mesh.world, mesh.ep, mesh.n_nodes, mesh.groups) == (1, 1, 1, {})
-    assert dist.layout(12, 8) == (4, 12) and dist.layout(4, 0) == (1, 4)      # the defaults; a model without experts
+    assert dist.layout(12, 8) == (4, 12) and dist.layout(4, 0) == (1, 4)  # the defaults; a dense model
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is set but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE"):
         dist.init(8, device="cpu")
@@ -470,18 +499,20 @@ mesh.close()
 
 def test_torchrun_restarts_after_a_killed_worker(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3",
-           str(tmp_path / "worker.py"), str(Path(dist.__file__).parent)]
-    out = subprocess.run(run, capture_output=True, text=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = torchrun + ["--max_restarts=3", str(tmp_path / "worker.py"), str(Path(dist.__file__).parent)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    out = subprocess.run(run, capture_output=True, text=True, timeout=60, env=env)
     assert out.returncode == 0, out.stderr[-2000:]
     assert "sum 3 ep 2 try 1" in out.stdout
 
 
-# -- checkpoints --------------------------------------------------------------------------------------------------------
+# -- checkpoints -------------------------------------------------------------------------------------------
 
 def same(a, b):
-    return a.keys() == b.keys() and all(same(a[k], b[k]) if isinstance(a[k], dict) else torch.equal(a[k], b[k])
-                                        for k in a)
+    if not isinstance(a, dict):
+        return torch.equal(a, b)
+    return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
 
 
 def write_checkpoints(rank, world, folder):
@@ -496,7 +527,7 @@ def write_checkpoints(rank, world, folder):
 
 
 def read_checkpoints(rank, world, folder):
-    """Into every layout of this world from every layout: exact, and the next step is one process's next step."""
+    """From every layout into each of this world: exact, and the next step is one process's next step."""
     for (_, ep), (w0, ep0) in product([x for x in LAYOUTS if x[0] == world], LAYOUTS):
         mesh = make_mesh(rank, world, E, ep) if td.is_initialized() else Mesh()
         model, opt = make(mesh)
@@ -510,10 +541,11 @@ def read_checkpoints(rank, world, folder):
                            state["optimizer"][w1]["exp_avg_sq"][r * n:(r + 1) * n])
         assert torch.equal(model.layers[0].experts.age, torch.arange(E)[r * n:(r + 1) * n].double())
         assert same(dist.full_state(model, opt, mesh), state)
-        train_step(model, opt, mesh, 2)
-        after, want = dist.full_state(model, opt, mesh), torch.load(f"{folder}/after.pt")
-        assert largest((after["model"][n], t) for n, t in want["model"].items()) < 1e-12
-        assert same(dist.load(f"{folder}/{w0}_{ep0}.pt"), state)                # the step did not write into it
+        if (w0, ep0) in ((1, 1), (4, 2)):
+            train_step(model, opt, mesh, 2)
+            after, want = dist.full_state(model, opt, mesh), torch.load(f"{folder}/after.pt")
+            assert largest((after["model"][n], t) for n, t in want["model"].items()) < 1e-12
+            assert same(dist.load(f"{folder}/{w0}_{ep0}.pt"), state)    # the step did not write into it
 
 
 def test_reshard_every_ordered_pair_of_layouts(tmp_path):
@@ -527,7 +559,6 @@ def test_reshard_every_ordered_pair_of_layouts(tmp_path):
     read_checkpoints(0, 1, tmp_path)
     for world in (2, 4):
         run_ranks(world, read_checkpoints, tmp_path)
-    torch.set_default_dtype(torch.float32)
 
 
 def test_resume_is_bit_equal():
@@ -539,7 +570,6 @@ def test_resume_is_bit_equal():
         elif step > 1:
             train_step(b, opt_b, Mesh(), step)
     assert same(dist.full_state(a, opt_a, Mesh()), dist.full_state(b, opt_b, Mesh()))
-    torch.set_default_dtype(torch.float32)
 
 
 def test_load_state_names_every_mismatch():
@@ -554,9 +584,10 @@ def test_load_state_names_every_mismatch():
     with pytest.raises(ValueError) as error:
         dist.load_state(model, opt, state, Mesh())
     text = str(error.value)
-    for part in ("idle is missing", "extra is unknown", f"head.weight is (3, {D}) instead of ({V}, {D})",
-                 "optimizer state of rare is missing", "optimizer state of extra is unknown",
-                 f"optimizer exp_avg of inp.bias is (2,) instead of ({D},)"):
+    for part in ("idle is missing, here (3,)", "extra is (3,), here unknown",
+                 f"head.weight is (3, {D}), here ({V}, {D})", "optimizer state of rare is missing",
+                 f"exp_avg of extra is ({D},), here unknown",
+                 f"exp_avg of inp.bias is (2,), here ({D},)"):
         assert part in text, text
     assert "\n" not in text and same(dist.full_state(model, opt, Mesh()), before)       # nothing was changed
 
@@ -617,7 +648,7 @@ def die_in_save(path, point):
 
 @pytest.mark.parametrize("point", [*range(1, 11), "fsync 1", "replace", "after replace", "fsync 2"])
 def test_killed_while_saving(tmp_path, point):
-    """At each point of a save the newest intact checkpoint is a whole one: the old before the rename, then the new."""
+    """Wherever it dies, the newest intact checkpoint is whole: the old before the rename, then the new."""
     dist.save(tmp_path / "ckpt_1.pt", STATE)
     child = mp.get_context("fork").Process(target=die_in_save, args=(tmp_path / "ckpt_2.pt", point))
     child.start()
@@ -690,7 +721,7 @@ def test_a_flipped_bit_is_never_silently_wrong(tmp_path):
     state = {"w": torch.arange(40.0), "step": 1}
     dist.save(path, state)
     good, caught = path.read_bytes(), 0
-    for i in range(len(good)):
+    for i in range(0, len(good), 5):
         path.write_bytes(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1:])
         try:
             got = dist.load(path)
@@ -699,7 +730,7 @@ def test_a_flipped_bit_is_never_silently_wrong(tmp_path):
             caught += 1
         else:                                                 # padding, dates
             assert torch.equal(got["w"], state["w"]) and got["step"] == 1, i
-    assert caught > 100
+    assert caught > 40
 
 
 def test_missing_latest_prune(tmp_path):
