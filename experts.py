@@ -110,7 +110,7 @@ def drop_priority(order, G, batch):
     if order == "arrival":
         return None
     if order == "choice":
-        return -G.detach().argsort(1, descending=True).argsort(1)
+        return -G.detach().argsort(dim=1, descending=True, stable=True).argsort(1)
     if order == "score":
         return G.detach()
     if order == "random":
