@@ -289,3 +289,46 @@ class Translator(Model):
         memory, live, aux = self.encode(src)
         h, more = self.decode(x, memory, live)
         return self.head(h, pick), {name: aux.get(name, 0) + more.get(name, 0) for name in aux | more}
+
+    @torch.no_grad()
+    def translate(self, src, bos, eot, beams=1, length_penalty=0.6, max_tokens=0):
+        """src (B, S), padded with pad_id -> the best translation y (B, T), everything from the first `eot` on filled
+        with eot, and its score (B,): sum of log p / ((5 + length) / 6)^length_penalty (Wu et al. 2016,
+        arXiv:1609.08144, eq. 14). T is at most max_tokens (0: block_size); what is not finished by then is cut.
+
+        Beam search with K = beams; 1 is greedy. A finished hypothesis keeps its place in the beam with a frozen score,
+        so that short and long ones compete; a sentence is done when its best hypothesis is finished and no other can
+        overtake it. Ordinary tokens and eot are the ids up to eot: mask, pad and bos are never written.
+        Collective under expert parallelism: every rank calls it with as many rows, and all stop together.
+        """
+        B, K, V, limit = len(src), beams, eot + 1, max_tokens or self.cfg.block_size
+        scale = lambda length: ((5 + length) / 6) ** length_penalty
+        memory, live, _ = self.encode(src)
+        memory, live = memory.repeat_interleave(K, 0), live.repeat_interleave(K, 0)  # (B * K, S, D), (B * K, S)
+        cache = [({}, {}) for _ in self.decoder.blocks]
+        first = torch.arange(B, device=src.device)[:, None] * K  # (B, 1) the first row of each sentence
+        y = src.new_full((B * K, 1), bos)
+        length = src.new_zeros(B, K)
+        done = torch.zeros_like(length, dtype=torch.bool)
+        total = torch.zeros_like(length, dtype=torch.float)
+        total[:, 1:] = -math.inf  # all hypotheses begin alike: only the first may grow
+        for t in range(limit):
+            h, _ = self.decode(y[:, -1:], memory, live, t, cache)
+            log_p = self.head(h[:, 0]).float().log_softmax(1)[:, :V].view(B, K, V)
+            log_p = log_p.masked_fill(done[..., None], -math.inf)
+            log_p[..., eot].masked_fill_(done, 0.0)  # a finished hypothesis goes on in one way, at no cost
+            grown = total[..., None] + log_p  # (B, K, V)
+            length = length + ~done
+            score, best = (grown / scale(length)[..., None]).flatten(1).topk(K)  # (B, K)
+            parent, token = best // V, best % V
+            rows = (first + parent).flatten()
+            y = torch.cat([y[rows], token.view(-1, 1)], 1)
+            total, length = grown.flatten(1).gather(1, best), length.gather(1, parent)
+            done = done.gather(1, parent) | (token == eot)
+            hope = (total.masked_fill(done, -math.inf) / scale(limit)).max(1).values  # if every further token is certain
+            if not self.mesh.any(~done[:, 0] | (hope > score[:, 0])):
+                break
+            if K > 1:
+                for mine, _ in cache:  # the cross-attention's keys are the same for all hypotheses of a sentence
+                    mine["kv"] = tuple(c[rows] for c in mine["kv"])
+        return y.view(B, K, -1)[:, 0, 1:], score[:, 0]

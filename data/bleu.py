@@ -1,12 +1,12 @@
 """
-Corpus BLEU (Papineni et al. 2002, https://aclanthology.org/P02-1040), the number that sacrebleu prints by default:
-one reference, case matters, tokenisation "13a", exponential smoothing.
+Corpus BLEU (Papineni et al. 2002, https://aclanthology.org/P02-1040), the number that sacrebleu prints by
+default: one reference, case matters, tokenisation "13a", exponential smoothing.
 
     BLEU = 100 * min(1, exp(1 - r / c)) * (p_1 p_2 p_3 p_4)^(1/4)
 
-p_n = matched n-grams / n-grams of the translations, where an n-gram matches at most as often as it
-occurs in the sentence's reference; c, r the lengths of all translations and references in words. Every count is a sum over sentences, so corpora
-are joined by adding their counts, and BLEU is no mean of the sentences' BLEU.
+p_n = matched n-grams / n-grams of the translations, where an n-gram matches at most as often as the
+sentence's reference has it; c, r the lengths of all translations and references in words. Every count is a sum over
+sentences: corpora are joined by adding counts, and BLEU is not a mean over sentences.
 
     python data/bleu.py REFERENCES TRANSLATIONS         # two files, line i belongs to line i
 """
@@ -22,8 +22,9 @@ ORDER = 4
 
 def words(text):
     """
-    The 13a tokenisation, NIST's script mteval-v13a: every ASCII symbol is a word of its own, except the apostrophe,
-    a hyphen that no digit precedes, and the comma or full stop inside a number. Bytes beyond ASCII stay as they are.
+    The 13a tokenisation, NIST's script mteval-v13a: every ASCII symbol is a word of its own, except the
+    apostrophe, a hyphen that no digit precedes, and the comma or full stop inside a number. Other characters
+    stay as they are.
     """
     text = text.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for name, character in ("quot", '"'), ("amp", "&"), ("lt", "<"), ("gt", ">"):
@@ -35,7 +36,7 @@ def words(text):
 
 
 def counts(translation, reference):
-    """Two sentences -> (2 + 2 * ORDER,) int64: [c, r, matched 1- to 4-grams, 1- to 4-grams of the translation]."""
+    """Two sentences -> (2 + 2 * ORDER,) integers: c, r, matched 1- to 4-grams, all 1- to 4-grams."""
     hyp, ref = words(translation), words(reference)
     matched, total = [], []
     for n in range(1, ORDER + 1):
@@ -47,8 +48,8 @@ def counts(translation, reference):
 
 def bleu(counts):
     """
-    Summed counts -> BLEU, 0 to 100. The first n without a match counts as half a match, the next as a quarter, and so
-    on; no match at all is 0, and so is a corpus of translations that are all too short to have a 4-gram.
+    Summed counts -> BLEU, 0 to 100. The first n without a match counts as half a match, the next as a
+    quarter, and so on; no match at all is 0, and so are translations that are all too short to have a 4-gram.
     """
     c, r, matched, total = counts[0], counts[1], counts[2:2 + ORDER], counts[2 + ORDER:]
     if not all(total) or not any(matched):
@@ -63,7 +64,7 @@ def bleu(counts):
 def corpus_bleu(translations, references):
     """Two lists of sentences -> BLEU, 0 to 100."""
     if len(translations) != len(references):
-        raise ValueError(f"{len(translations):,d} translations cannot be compared with {len(references):,d} references")
+        raise ValueError(f"{len(translations):,d} translations but {len(references):,d} references")
     return bleu(sum((counts(h, r) for h, r in zip(translations, references)), np.zeros(2 + 2 * ORDER, int)))
 
 
@@ -71,7 +72,8 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("error: python data/bleu.py REFERENCES TRANSLATIONS")
     try:
-        refs, hyps = (open(path, encoding="utf-8").read().removesuffix("\n").split("\n") for path in sys.argv[1:])
-        print(f"BLEU = {corpus_bleu(hyps, refs):.2f}")
+        refs, hyps = (open(path, encoding="utf-8").read() for path in sys.argv[1:])
+        lines = [text.removesuffix("\n").split("\n") for text in (hyps, refs)]
+        print(f"BLEU = {corpus_bleu(*lines):.2f}")
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
