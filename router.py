@@ -392,3 +392,56 @@ class Hash(Gate):
     def forward(self, x, ids, batch=None):
         idx = self.table[:, ids].t()  # (N, k)
         return Routing(scatter(idx, full_precision(x).new_ones(idx.shape), self.E), {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense to sparse: the gate learns how many
+
+
+class DTS(Gate):
+    """EvoMoE's dense-to-sparse gate (Nie et al. 2021, arXiv:2112.14397): starts dense, ends sparse, and on the way each
+    token has as many experts as its own scores ask for.
+
+        y = softmax((x W + s g) / tau),  g ~ Gumbel(0, 1)         no noise at evaluation
+        m = the k largest of y, and all others above the threshold      soft
+        m = the k largest of y                                          hard
+        G = m * y   (weights=gumbel)   or   m * softmax(x W)   (weights=softmax)
+
+    tau, the noise scale s and hard are 0-dim buffers that the curriculum (evomoe.py) fills: tau falls, and s with it.
+    With s = 1 throughout (noise=constant, the paper's) the choice stays a sample of softmax(x W) at any tau, so
+    training and evaluation differ for good. G is not renormalised: with k = 1 that would leave the router without a
+    gradient. The softmax weights make the layer's output shrink at the hard switch, from 1 to the largest probability.
+
+    A dropped expert gets no gradient, but comes back when its score does: the others' softmax share it. The balance
+    loss is that of y and m, divided by the mean number of experts, and has no gradient while all experts are on.
+    """
+
+    def __init__(self, D, E, k=1, threshold=0.001, weights="gumbel", noise="annealed", balance=0.01):
+        super().__init__(D, E, k)
+        for name, value, known in ("weights", weights, ("gumbel", "softmax")), ("noise", noise, ("annealed", "constant")):
+            if value not in known:
+                raise ValueError(f"dts: {name}={value!r} is unknown; there are: {', '.join(known)}")
+        self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
+        self.least, self.threshold, self.gumbel, self.anneal = k, threshold, weights == "gumbel", noise == "annealed"
+        self.register_buffer("tau", torch.tensor(2.0))
+        self.register_buffer("noise", torch.tensor(1.0))
+        self.register_buffer("hard", torch.tensor(False))
+        self.weights = {"balance": balance}
+        self.set(2.0, 1.0, False)
+
+    def set(self, tau, noise, hard):
+        """Temperature, noise scale (0 to 1) and mode of the next call."""
+        self.tau.fill_(tau)
+        self.noise.fill_(noise if self.anneal else 1.0)
+        self.hard.fill_(hard)
+        self.k = self.least if hard else self.E  # capacity is for the hard mode: a dense gate asks every expert
+
+    def forward(self, x, ids, batch=None):
+        batch = batch or Batch(len(x))
+        z = linear(x, self.weight)  # (N, E)
+        noise = self.noise * batch.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
+        y = ((z + noise) / self.tau).softmax(1)
+        top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.least, dim=1).indices, True)
+        m = top | ((y > self.threshold) & ~self.hard)
+        G = (y if self.gumbel else z.softmax(1)) * m
+        return Routing(G, {"balance": balance_loss(y, m, batch)})
