@@ -123,7 +123,7 @@ class Tokenizer:
     """
     A tiktoken.Encoding whose last four ids are the special tokens.
 
-    name: "bpe", "gpt2" or "bytes". tokens: the ordinary tokens (bytes) in rank order. pattern: how words are cut.
+    name: "bpe", "gpt2" or "bytes". tokens: the ordinary tokens (bytes), by rank. pattern: cuts the words.
     Attributes: vocab_size (specials included) and the ids eot, mask, pad, bos.
     """
     def __init__(self, name, tokens, pattern=PATTERN):
@@ -201,7 +201,7 @@ def token_type(vocab_size):
 
 
 def write_tokens(path, tok, texts):
-    """Append each text and an <|endoftext|> to a file. Returns ([tokens of each text], bytes of all texts)."""
+    """Append each text and an <|endoftext|> to a file. Returns ([tokens of each text], bytes of all)."""
     lengths, size = [], 0
     with open(path, "ab") as f:
         for text in texts:
@@ -316,7 +316,7 @@ def open_tokens(path, meta, length):
 
 
 class Pairs(NamedTuple):
-    """Sentence i of a translation split: src[src_idx[i]:src_idx[i + 1]], <|endoftext|> included; tgt alike."""
+    """Sentence i of a translation split: src[src_idx[i]:src_idx[i + 1]] with its <|endoftext|>; tgt alike."""
     src: np.ndarray
     src_idx: np.ndarray
     tgt: np.ndarray
@@ -326,7 +326,7 @@ class Pairs(NamedTuple):
 def load_split(folder, meta, split):
     """
     A prepared split, memory-mapped and checked: the (tokens,) array of a text, or Pairs for translation.
-    Raises FileNotFoundError or ValueError, one line, if a file is missing, empty, truncated or does not fit meta.
+    Raises FileNotFoundError or ValueError, one line, if a file is missing, empty, truncated or unlike meta.
     """
     if split not in meta["splits"]:
         raise ValueError(f"{folder} has no split '{split}', only {', '.join(meta['splits'])}")
@@ -377,7 +377,7 @@ def fetch(name, url, args, sha256=None):
     if args.data_dir:
         path = os.path.join(args.data_dir, name)
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{path} is missing: --data_dir must be a folder with {name}, as at {url}")
+            raise FileNotFoundError(f"{path} is missing: --data_dir needs a folder with {name}, from {url}")
         return path
     path = os.path.join(args.out_dir, "download", name)
     if not os.path.exists(path):

@@ -28,15 +28,17 @@ HELD_OUT = {"Charles Dickens/Hard Times.md", "Jane Austen/Persuasion.md",
 
 
 def books(path):
-    """{"AUTHOR/TITLE.md": text} of the archive, sorted, without what is above the ruler: title, author, year."""
+    """{"AUTHOR/TITLE.md": text} of the archive, sorted; title, author and year, above a ruler, are cut."""
     found = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                name = "/".join(member.name.split("/")[-2:])    # an archive made by GitHub has a folder on top
-                if member.isfile() and name.endswith(".md") and not name.endswith("README.md"):
+                if member.isfile() and member.name.endswith(".md"):
                     text = archive.extractfile(member).read().decode("utf-8").replace("\r\n", "\n")
-                    found[name] = text.split("\n-------\n", 1)[-1].strip() + "\n"
+                    _, ruler, text = text.partition("\n-------\n")
+                    if ruler:                                    # else it is about the archive, not a book
+                        name = "/".join(member.name.split("/")[-2:])        # GitHub puts a folder on top
+                        found[name] = text.strip() + "\n"
     except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is damaged: {e}") from None
     if missing := HELD_OUT - found.keys():

@@ -152,8 +152,8 @@ TIMES = {   # what goes with a tense; "any" with all
     "past": "yesterday / gestern, last week / letzte Woche, last year / letztes Jahr",
     "modal": "tomorrow / morgen, soon / bald, next week / nächste Woche, today / heute",
     "any": """in the morning / am Morgen, in the evening / am Abend, at night / in der Nacht,
-        on Monday / am Montag, on Wednesday / am Mittwoch, on Friday / am Freitag, on Sunday / am Sonntag, in May / im Mai,
-        in summer / im Sommer, in winter / im Winter"""}
+        on Monday / am Montag, on Wednesday / am Mittwoch, on Friday / am Freitag, on Sunday / am Sonntag,
+        in May / im Mai, in summer / im Sommer, in winter / im Winter"""}
 PLACES = [("in", "in"), ("in", "in"), ("behind", "hinter"), ("in front of", "vor"), ("next to", "neben")]
 CONJUNCTIONS = {"because": "weil", "although": "obwohl", "while": "während", "if": "wenn", "before": "bevor"}
 QUESTIONS = {"why": "warum", "when": "wann", "how often": "wie oft"}
@@ -173,8 +173,8 @@ def phrases(text):
 UNITS = [("", ""), ("one", "ein"), ("two", "zwei"), ("three", "drei"), ("four", "vier"), ("five", "fünf"),
          ("six", "sechs"), ("seven", "sieben"), ("eight", "acht"), ("nine", "neun"), ("ten", "zehn"),
          ("eleven", "elf"), ("twelve", "zwölf"), ("thirteen", "dreizehn"), ("fourteen", "vierzehn"),
-         ("fifteen", "fünfzehn"), ("sixteen", "sechzehn"), ("seventeen", "siebzehn"), ("eighteen", "achtzehn"),
-         ("nineteen", "neunzehn")]
+         ("fifteen", "fünfzehn"), ("sixteen", "sechzehn"), ("seventeen", "siebzehn"),
+         ("eighteen", "achtzehn"), ("nineteen", "neunzehn")]
 TENS = [("twenty", "zwanzig"), ("thirty", "dreißig"), ("forty", "vierzig"), ("fifty", "fünfzig"),
         ("sixty", "sechzig"), ("seventy", "siebzig"), ("eighty", "achtzig"), ("ninety", "neunzig")]
 

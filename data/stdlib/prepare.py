@@ -109,7 +109,7 @@ def main(args):
         topics, files = ({name: d[name] for name in list(d)[:args.limit]} for d in (topics, files))
 
     splits = {split: {"prose": [], "code": []} for split in ("train", "val")}
-    seen = set()      # topics quote each other, modules their cousins: a paragraph stays where it is first met
+    seen = set()     # topics quote each other, modules their cousins: a paragraph stays where it is first met
     for name, text in sorted(topics.items()):
         if text := prose(text, seen):
             splits["val" if held_out(name) else "train"]["prose"].append(text)

@@ -1,7 +1,7 @@
 """
-WikiText-2 (Merity et al. 2016, https://arxiv.org/abs/1609.07843): 720 good and featured Wikipedia articles, 13
-MB, split by article. The word-level edition: rare words are "<unk>", kept here as text, and punctuation stands
-between spaces. CC BY-SA. From PyTorch's word_language_model example.
+WikiText-2 (Merity et al. 2016, https://arxiv.org/abs/1609.07843): 720 good and featured Wikipedia articles,
+13 MB, split by article. The word-level edition: rare words are "<unk>", kept here as text, and punctuation
+stands between spaces. CC BY-SA. From PyTorch's word_language_model example.
 
 Each article is a document. Perplexity per word, as in papers, is exp(nats per token * tokens / words), where
 words = 2,088,628 / 217,646 / 245,569, line ends included.
