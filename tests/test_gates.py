@@ -1,0 +1,530 @@
+"""
+Every gate of router.py, found by gates(): a class added there is tested here without being named.
+
+    y_n = sum_e G[n, e] * E_e(x_n)
+
+is computed once as written, with a dense einsum and a brute-force queue at each expert, and compared with the layer:
+values, gradients, what is skipped, who is dropped, padding, ranks. float64 throughout, so that equal means 1e-10.
+"""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ranks import run_ranks
+import dist
+import router
+from experts import Experts, MoE, drop, drop_priority, grouped_mm
+from router import Batch, Gate, gates, make_gate
+
+GATES = sorted(gates())
+D, H, E, V, B, T, STEPS = 8, 6, 4, 30, 4, 8, 20  # STEPS: length of the run that schedules see
+COUNTS = torch.arange(V, 0, -1)  # token counts, for gates that balance a table
+
+
+def gate_args(name, D=D, E=E, k=2):
+    """What model.py offers to every gate."""
+    return dict(D=D, E=E, k=k, V=V, layer=1, seed=3, counts=COUNTS, n_domains=2, steps=STEPS)
+
+
+def new_gate(name, lively=True, **sizes):
+    """A gate in float64. lively: random weights of size 1 instead of its own, often cautious, initialisation, so that
+    routing depends on content and schedules have something to cut off."""
+    torch.manual_seed(5)
+    gate = make_gate(name, **gate_args(name, **sizes)).double()
+    if lively:
+        for p in gate.parameters():
+            p.data.normal_()
+    gate.set_step(0)
+    return gate
+
+
+def new_layer(name, capacity=0.0, groups=1, nodes=1, mesh=None, order="", E=E, **more):
+    gate = new_gate(name, E=E, **more)
+    mesh = mesh or dist.Mesh()
+    mine = E // mesh.ep
+    experts = Experts(mine, D, H, bias=True, first=mesh.ep_rank * mine, sharded=True).double()
+    experts.init(0, 1, 0.5, 0.5)
+    for i in range(mine):
+        experts.b1.data[i] = 0.1 * (mesh.ep_rank * mine + i)
+        experts.b2.data[i] = 0.2 - 0.1 * (mesh.ep_rank * mine + i)
+    layer = MoE(gate, experts, mesh, capacity, drop_order=order, groups=groups)
+    layer.nodes = nodes if mesh.world == 1 else layer.nodes
+    return layer
+
+
+def tokens(seed=0, n=B * T, D=D):
+    """x (n, D), ids (n,), domain (n,)."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, D, generator=g, dtype=torch.float64)
+    return x, torch.randint(0, V, (n,), generator=g), torch.randint(0, 2, (n,), generator=g)
+
+
+def route(gate, x, ids, domain=None, seed=7, **where):
+    torch.manual_seed(seed)
+    return gate(x, ids, Batch(len(x), domain=domain, **where))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle
+
+
+def survivors(G, slots, key):
+    """(N, E) bool by brute force: at each expert a queue sorted by key(n, e), smallest first, and slots[e] places."""
+    keep = torch.zeros_like(G, dtype=torch.bool)
+    for e in range(G.shape[1]):
+        queue = sorted(G[:, e].nonzero()[:, 0].tolist(), key=lambda n: key(n, e))
+        keep[queue[: int(slots[e])], e] = True
+    return keep
+
+
+def queue_key(order, G, u=None):
+    """key(n, e) of a drop order; u (N, E) the noise of "random"."""
+    if order == "arrival":
+        return lambda n, e: n
+    w = G.tolist()
+    if order == "choice":  # which choice of the token is e? equal weights: the smaller number first
+        return lambda n, e: (sorted(range(len(w[n])), key=lambda i: -w[n][i]).index(e), n)
+    if order == "score":
+        return lambda n, e: (-w[n][e], n)
+    return lambda n, e: (-float(u[n, e]), n)
+
+
+def oracle(layer, x, ids, domain, seed):
+    """y (N, D), aux and G (N, E) of a layer, as the equation says: every expert on every token."""
+    torch.manual_seed(seed)
+    batch = layer.batch(x, None, None, domain)
+    routing = layer.gate(x, ids, batch)
+    G, factor = routing.G, layer.capacity_factor if layer.training else layer.eval_capacity_factor
+    if factor or routing.capacity is not None:
+        random = layer.drop_order == "random" and routing.priority is None
+        u = batch.rand(layer.gate.E, dtype=torch.float32) if random else None
+        keep, start = torch.zeros_like(G, dtype=torch.bool), 0
+        for n in batch.sizes:
+            rows = slice(start, start + n)
+            own = math.ceil(factor * layer.gate.k * n / layer.gate.E) if routing.capacity is None else routing.capacity
+            slots = torch.as_tensor(own).expand(layer.gate.E)
+            if routing.priority is not None:
+                p = routing.priority[rows]
+                key = lambda n, e: (-float(p[n, e]), n)
+            else:
+                key = queue_key(layer.drop_order, G[rows].detach(), None if u is None else u[rows])
+            keep[rows], start = survivors(G[rows].detach(), slots, key), start + n
+        G = G * keep
+    w = layer.experts
+    h = F.gelu(torch.einsum("nd,edh->neh", x, w.w1) + w.b1)
+    return torch.einsum("ne,ned->nd", G, torch.einsum("neh,ehd->ned", h, w.w2) + w.b2), routing.aux, G
+
+
+def total_loss(gate, y, aux, seed=11, aux_weight=0.3):
+    """A loss in which everything that can carry a gradient does: y (..., D), aux."""
+    g = torch.Generator().manual_seed(seed)
+    loss = (y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum()
+    if "log_prob" in aux:
+        loss = loss + (aux["log_prob"] * torch.randn(aux["log_prob"].shape, generator=g, dtype=y.dtype)).sum()
+    return loss + aux_weight * sum(aux[name] for name in gate.weights if name in aux)
+
+
+def gradients(layer, x, loss):
+    """{name: gradient}, zeros where there is none. A gate whose weights are constant (hash) may leave x without."""
+    named = {"x": x} | {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    got = torch.autograd.grad(loss, named.values(), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), got)}
+
+
+def assert_close(a, b, tol=1e-10, note=""):
+    error = float((a.detach() - b.detach()).abs().max()) if a.numel() else 0.0
+    assert a.shape == b.shape and error <= tol, f"{note}: differs by {error}"
+
+
+SCENARIOS = {
+    "dropless": dict(),
+    "ample": dict(capacity=100.0),
+    "binding": dict(capacity=0.6),
+    "two groups": dict(capacity=0.6, groups=2),
+    "two nodes": dict(capacity=0.6, groups=4, nodes=2),
+    **{order: dict(capacity=0.6, order=order) for order in ("arrival", "choice", "score", "random")},
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_layer_equals_the_equation(name):
+    """Values and gradients, and exactly the rows with a non-zero weight are computed."""
+    x, ids, domain = tokens()
+    for scenario, more in SCENARIOS.items():
+        for step, training in ((0, True), (STEPS // 2, True), (STEPS, True), (STEPS, False)):
+            layer = new_layer(name, **more)
+            note = f"{scenario}, step {step}, {'training' if training else 'evaluation'}"
+            layer.gate.set_step(step)
+            layer.train(training)
+            twin, computed = copy.deepcopy(layer), []
+            layer.experts.register_forward_pre_hook(lambda m, args: computed.append(len(args[0])))
+            xs = [x.clone().requires_grad_() for _ in range(2)]
+            torch.manual_seed(step)
+            y, aux = layer(xs[0], ids, domain=domain)
+            want, want_aux, G = oracle(twin, xs[1], ids, domain, step)
+            assert_close(y, want, note=f"{note}: y")
+            assert aux.keys() == want_aux.keys()
+            for key in aux:
+                assert_close(aux[key], want_aux[key], note=f"{note}: {key}")
+            got = gradients(layer, xs[0], total_loss(layer.gate, y, aux))
+            for key, g in gradients(twin, xs[1], total_loss(twin.gate, want, want_aux)).items():
+                assert_close(got[key], g, note=f"{note}: gradient of {key}")
+            assert computed == [int((G != 0).sum())], f"{note}: {computed} rows for {int((G != 0).sum())} weights"
+            assert torch.equal(layer.stats["load"], (G != 0).sum(0))
+            asked = layer.stats["asked"]
+            assert (asked >= layer.stats["load"]).all() and not asked.requires_grad
+            if scenario == "binding" and training and layer.gate.k < E:
+                own_capacity = route(layer.gate, x, ids, domain).capacity is not None
+                assert own_capacity or int(asked.sum()) > int((G != 0).sum()), f"{note}: nothing was dropped"
+            if scenario == "ample" or not training:
+                own_capacity = route(layer.gate, x, ids, domain).capacity is not None
+                assert own_capacity or torch.equal(asked, layer.stats["load"]), f"{note}: somebody was dropped"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a gate returns
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_routing_is_finite_and_float32_also_under_bf16(name):
+    x, ids, domain = tokens()
+    gate = new_gate(name).float()
+    for training in (True, False):
+        gate.train(training)
+        for t in (x.float(), 100 * x.float(), 0 * x.float()):
+            t = t.bfloat16()
+            plain = route(gate, t.float(), ids, domain)
+            with torch.autocast("cpu", torch.bfloat16):
+                r = route(gate, t, ids, domain)
+            assert r.G.shape == (B * T, E) and r.G.dtype == torch.float32 and r.G.isfinite().all()
+            assert torch.equal(r.G, plain.G), "routing depends on autocast"
+            for key, value in r.aux.items():
+                assert value.shape == ((B * T,) if key == "log_prob" else ()) and value.isfinite().all(), key
+                assert value.dtype == torch.float32, key
+            assert r.priority is None or r.priority.shape == r.G.shape
+            assert gate.causal in ("always", "eval", "never")
+        assert set(gate.weights) - {"load"} <= set(route(gate, x.float(), ids, domain).aux) or not training
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("lively", [False, True])
+def test_the_router_learns(name, lively):
+    """The task loss alone, without any balance loss, reaches the weights of every gate that has some."""
+    layer = new_layer(name, lively=lively)
+    learned = [p for p in layer.gate.parameters() if p.requires_grad]
+    if learned:
+        x, ids, domain = tokens()
+        y, aux = layer(x, ids, domain=domain)
+        loss = total_loss(layer.gate, y, aux, aux_weight=0.0)
+        grads = [g for g in torch.autograd.grad(loss, learned, allow_unused=True) if g is not None]
+        assert sum(float(g.abs().sum()) for g in grads) > 1e-8
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_no_look_at_the_future(name):
+    """Other tokens from position t on: the rows before t stay as they are, with the same noise."""
+    gate = new_gate(name)
+    (x, ids, domain), (x2, ids2, domain2) = tokens(0), tokens(1)
+    for step in (0, STEPS):
+        gate.set_step(step)
+        for training in (True, False):
+            if gate.causal == "never" or (gate.causal == "eval" and training):
+                continue
+            gate.train(training)
+            G = route(gate, x, ids, domain).G
+            for t in (1, 7, B * T - 1):
+                mixed = [torch.cat([a[:t], b[t:]]) for a, b in ((x, x2), (ids, ids2), (domain, domain2))]
+                assert_close(route(gate, *mixed).G[:t], G[:t], 1e-12, f"step {step}, training {training}, t {t}")
+
+
+@pytest.mark.parametrize("name", [n for n in GATES if gates()[n].causal != "always"])
+def test_gates_that_look_ahead_say_so(name):
+    """The promise is not given away lightly: causal = "eval" and "never" are claims that can be seen."""
+    gate = new_gate(name).train(gates()[name].causal == "eval")
+    (x, ids, domain), (x2, ids2, domain2) = tokens(0), tokens(1)
+    G = route(gate, x, ids, domain).G
+    mixed = [torch.cat([a[:16], b[16:]]) for a, b in ((x, x2), (ids, ids2), (domain, domain2))]
+    assert not torch.equal(route(gate, *mixed).G[:16], G[:16])
+
+
+@pytest.mark.parametrize("name", [n for n in GATES if gates()[n].causal != "never"])
+def test_evaluation_does_not_depend_on_neighbours(name):
+    layer = new_layer(name, capacity=0.6).eval()
+    x, ids, domain = tokens()
+    for step in (0, STEPS):
+        layer.gate.set_step(step)
+        y = layer(x, ids, domain=domain)[0]
+        for rows in (slice(5, 6), slice(3, 17), slice(None, None, 3)):
+            assert_close(layer(x[rows], ids[rows], domain=domain[rows])[0], y[rows], 1e-12, f"step {step}, {rows}")
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_padding_is_invisible(name):
+    """Padding gets 0, changes nobody's output and no loss; without it the evaluation is the same."""
+    layer = new_layer(name, capacity=0.6)
+    x, ids, domain = (t.view(B, T, *t.shape[1:]) for t in tokens())
+    live = torch.arange(T) < torch.tensor([T, 3, 0, 5])[:, None]
+    results = []
+    for junk in (0.0, 50.0):
+        torch.manual_seed(3)
+        layer.gate.load_state_dict(new_gate(name).state_dict())
+        padded = torch.where(live[..., None], x, x + junk)
+        results.append(layer(padded, torch.where(live, ids, 1), live, domain))
+        assert (results[-1][0][~live] == 0).all()
+        assert layer.stats["tokens"] == int(live.sum())
+    (y, aux), (y2, aux2) = results
+    assert_close(y, y2, 0.0, "y")
+    for key in aux:
+        assert_close(aux[key], aux2[key], 0.0, key)
+    layer.eval()
+    if layer.gate.causal != "never":
+        y = layer(x, ids, live, domain)[0]
+        assert_close(y[live], layer(x[live], ids[live], domain=domain[live])[0], 1e-12, "without padding")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corners
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("case", ["one token", "no token", "all alike", "more experts than tokens", "k = E", "k = 1"])
+def test_corners(name, case):
+    sizes = dict(E=16) if "more" in case else dict(k=E) if case == "k = E" else dict(k=1) if case == "k = 1" else {}
+    x, ids, domain = tokens(n={"one token": 1, "no token": 0, "more experts than tokens": 5}.get(case, B * T))
+    if case == "all alike":
+        x, ids, domain = (t[:1].expand_as(t).contiguous() for t in (x, ids, domain))
+    for capacity in (0.0, 0.6):
+        layer = new_layer(name, capacity, **sizes)
+        for step in (0, STEPS):
+            layer.gate.set_step(step)
+            for training in (True, False):
+                layer.train(training)
+                t = x.clone().requires_grad_()
+                torch.manual_seed(1)
+                y, aux = layer(t, ids, domain=domain)
+                assert y.shape == x.shape and y.isfinite().all()
+                assert all(v.isfinite().all() for v in aux.values()), aux
+                layer.zero_grad()
+                total_loss(layer.gate, y, aux).backward()
+                for key, p in layer.named_parameters():
+                    assert p.grad is None or p.grad.isfinite().all(), key
+                idle = layer.stats["load"] == 0
+                for key, p in layer.experts.named_parameters():
+                    assert p.grad is not None, f"{key}: an idle expert has no gradient instead of a zero one"
+                    assert (p.grad[idle] == 0).all(), key
+                if len(x) and layer.gate.k < E and capacity == 0:
+                    assert int(layer.stats["asked"].sum()) > 0
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_state_round_trip(name):
+    """A state_dict holds all that a gate knows: schedules, biases, tables, memories of past steps."""
+    x, ids, domain = tokens()
+    gate = new_gate(name)
+    for step in range(5):
+        gate.set_step(step)
+        route(gate, x, ids, domain)
+        gate.update()
+    torch.manual_seed(99)
+    other = make_gate(name, **gate_args(name)).double()
+    other.load_state_dict(gate.state_dict())
+    other.set_step(5)
+    gate.set_step(5)
+    for training in (True, False):
+        a, b = (route(g.train(training), x, ids, domain) for g in (gate, other))
+        assert torch.equal(a.G, b.G) and a.aux.keys() == b.aux.keys()
+        assert all(torch.equal(a.aux[key], b.aux[key]) for key in a.aux)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_schedules_are_functions_of_the_step(name):
+    x, ids, domain = tokens()
+    walked = new_gate(name)
+    for n in (*range(STEPS + 1), 3):  # forward, and back again
+        walked.set_step(n)
+        if n in (0, 3, STEPS // 2, STEPS):
+            fresh = new_gate(name)
+            fresh.set_step(n)
+            for key, t in fresh.state_dict().items():
+                assert torch.equal(t, walked.state_dict()[key]), (n, key)
+            assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in walked.parameters()], n
+            assert torch.equal(route(fresh, x, ids, domain).G, route(walked, x, ids, domain).G), n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Capacity
+
+
+def random_G(seed, n=40, E=5):
+    g = torch.Generator().manual_seed(seed)
+    G = torch.rand(n, E, generator=g, dtype=torch.float64)
+    G[torch.rand(n, E, generator=g) < 0.4] = 0
+    G[::3] = G[::3].round(decimals=1)  # equal weights
+    return G
+
+
+@pytest.mark.parametrize("order", ["arrival", "choice", "score", "random"])
+def test_survivors_are_the_right_ones(order):
+    for seed in range(6):
+        G = random_G(seed)
+        n_e = (G != 0).sum(0)
+        batch = Batch(len(G))
+        torch.manual_seed(seed)
+        priority = drop_priority(order, G, batch)
+        torch.manual_seed(seed)
+        u = batch.rand(5)
+        for capacity in (0, 1, 7, 1000, n_e, n_e - 1, n_e + 1, torch.tensor([0, 1, 100, int(n_e[3]), int(n_e[4]) - 1])):
+            slots = torch.as_tensor(capacity).expand(5)
+            want = G * survivors(G, slots, queue_key(order, G, u))
+            got = drop(G, capacity, priority)
+            assert torch.equal(got, want), (order, seed, capacity)
+            assert torch.equal((got != 0).sum(0), torch.minimum(n_e, slots.clamp(min=0)))
+
+
+def test_drop_is_a_map_with_the_gradient_of_what_survives():
+    G = random_G(0).requires_grad_()
+    out = drop(G, 3)
+    out.sum().backward()
+    assert torch.equal(G.grad, torch.where((G != 0) & (out == 0), 0.0, 1.0).double())
+
+
+def test_capacity_is_rounded_up_and_counts_per_group():
+    gate = make_gate("switch", D=D, E=E)
+    layer = MoE(gate, Experts(E, D, H), capacity_factor=1.25, groups=3)
+    G = F.one_hot(torch.zeros(20, dtype=torch.long), E).double()  # everybody wants expert 0
+    batch = layer.batch(torch.zeros(20, D), None, None, None)
+    kept = layer.apply_capacity(router.Routing(G, {}), batch)
+    assert batch.sizes == [7, 7, 6]
+    assert [int(part[:, 0].sum()) for part in kept.split(batch.sizes)] == [3, 3, 2]  # ceil(1.25 * n / 4)
+    layer.eval()
+    assert torch.equal(layer.apply_capacity(router.Routing(G, {}), batch), G)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_grouped_mm_equals_a_loop(dtype):
+    torch.manual_seed(0)
+    for counts in ([3, 0, 5, 1], [0, 0, 0, 9], [0, 0, 0, 0]):
+        for shape in ((16, 8), (8, 24), (6, 10)):  # the last one is not aligned to 16 bytes
+            rows = torch.randn(sum(counts), shape[0], dtype=dtype, requires_grad=True)
+            w = torch.randn(4, *shape, dtype=dtype, requires_grad=True)
+            want = torch.cat([r @ m for r, m in zip(rows.split(counts), w)])
+            got = grouped_mm(rows, w, torch.tensor(counts))
+            seed = torch.randn_like(want)
+            tol = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
+            assert_close(got, want, tol)
+            for a, b in zip(torch.autograd.grad(got, (rows, w), seed), torch.autograd.grad(want, (rows, w), seed)):
+                assert_close(a, b, tol)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses, construction
+
+
+def test_balance_loss_counts_carry_no_gradient():
+    torch.manual_seed(0)
+    p = torch.rand(10, E, dtype=torch.float64).softmax(1).requires_grad_()
+    chosen = p.detach() >= p.detach().topk(2, dim=1).values[:, 1:]
+    loss = router.balance_loss(p, chosen, Batch(10))
+    f = chosen.double().mean(0) / 2  # divided by k
+    assert_close(loss, E * (f * p.mean(0)).sum(), 1e-14)
+    (grad,) = torch.autograd.grad(loss, p)
+    assert_close(grad, (E * f / 10).expand_as(p), 1e-14)
+    even = torch.full((E, E), 1 / E)
+    assert router.balance_loss(even, torch.eye(E).bool(), Batch(E)) == 1
+    one = F.one_hot(torch.zeros(6, dtype=torch.long), E)
+    assert router.balance_loss(one.float(), one.bool(), Batch(6)) == E
+
+
+def test_make_gate_explains_what_is_wrong():
+    for name, args, message in [
+        ("swich", "", r"gate='swich' is unknown \(did you mean switch\?\)"),
+        ("switch", "jiter=1", r"no knob 'jiter' \(did you mean jitter\?\)"),
+        ("switch", "jitter=much", "jitter=much should be of type float"),
+        ("switch", "D=3", "no knob 'D'"),
+        ("topk", "jitter", "no knob 'jitter'"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            make_gate(name, args, **gate_args(name))
+        assert "\n" not in str(error.value)
+    for k in (-1, E + 1):
+        with pytest.raises(ValueError, match=f"k={k} experts per token is impossible with {E} experts"):
+            make_gate("topk", D=D, E=E, k=k)
+    assert make_gate("switch", "jitter=0.5, balance=2", **gate_args("switch")).jitter == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Expert parallelism: W ranks equal one process with groups = W
+
+
+def two_layers(name, mesh, groups, nodes, capacity):
+    """Two layers on top of each other, so that gradients cross both ways of both exchanges."""
+    return nn.ModuleList(new_layer(name, capacity, groups, nodes, mesh) for _ in range(2))
+
+
+def run_layers(name, mesh, groups=1, nodes=1, capacity=0.0, live=None):
+    """One training step on this rank's rows -> {part: tensor}, everything whole, so that layouts can be compared."""
+    layers = two_layers(name, mesh, groups, nodes, capacity)
+    x, ids, domain = (t.view(B, T, *t.shape[1:]) for t in tokens())
+    mine = slice(mesh.rank * B // mesh.world, (mesh.rank + 1) * B // mesh.world)
+    g = torch.Generator().manual_seed(2)
+    target, advantage = (torch.randn(B, T, n, generator=g, dtype=torch.float64) for n in (D, 1))
+    h = x[mine].clone().requires_grad_()
+    start, loss, out = h, 0.0, {}
+    torch.manual_seed(17)
+    for i, layer in enumerate(layers):
+        y, aux = layer(h, ids[mine], None if live is None else live[mine], domain[mine])
+        h = h + y
+        loss = loss + 0.3 * sum(aux[key] for key in layer.gate.weights if key in aux)
+        if "log_prob" in aux:
+            loss = loss + (aux.pop("log_prob") * advantage[mine][..., 0]).sum() / (B * T)
+        out |= {f"aux {i} {key}": value.detach() for key, value in aux.items()}
+        out[f"load {i}"] = mesh.all_reduce(layer.stats["asked"])
+    task = (h * target[mine]).sum() / (B * T)
+    (loss + task).backward()
+    mesh.sync_grads(layers)
+    for layer in layers:
+        layer.gate.update()
+    experts = dist.expert_ids(layers)
+    out |= {f"gradient {n}": mesh.whole(p.grad) if id(p) in experts else p.grad
+            for n, p in layers.named_parameters() if p.requires_grad}
+    out |= {f"state {n}": t for n, t in layers.named_buffers()}
+    out["task loss"] = mesh.all_reduce(task)
+    rows = slice(None) if mesh.world == 1 else mine
+    return out, {"y": h.detach(), "gradient x": start.grad}, rows
+
+
+RAGGED = torch.arange(T) < torch.tensor([T, 3, 0, 5])[:, None]  # padding; the third row has no token at all
+CASES = [dict(), dict(capacity=0.6), dict(capacity=0.6, live=RAGGED)]
+
+
+def ranks_differ(rank, world, one):
+    """[(what, largest difference to one process), ...] over every gate and layout. one: {(name, nodes, case): run}."""
+    worst = []
+    layouts = [(ep, world) for ep in range(1, world + 1) if world % ep == 0] + [(world, world // 2)]
+    for ep, local in layouts:  # the last one: two nodes, for gates that know where they are
+        mesh = dist.make_mesh(rank, world, E, ep, local)
+        for name in GATES:
+            for i, case in enumerate(CASES):
+                want, want_rows, _ = one[name, world // local, i]
+                got, got_rows, rows = run_layers(name, mesh, **case)
+                assert want.keys() == got.keys()
+                pairs = [(key, t, got[key]) for key, t in want.items()]
+                pairs += [(key, t[rows], got_rows[key]) for key, t in want_rows.items()]
+                worst += [(f"{name}, ep {ep}, {world // local} nodes, {', '.join(case) or 'dropless'}: {key}",
+                           float((a.double() - b.double()).abs().max())) for key, a, b in pairs if a.numel()]
+    return worst
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_process(world):
+    """Outputs, losses, loads, gradients of router, experts and input, state after the step: every gate, every layout."""
+    one = {(name, nodes, i): run_layers(name, dist.Mesh(), world, nodes, **case)
+           for name in GATES for nodes in (1, 2) for i, case in enumerate(CASES)}
+    for worst in run_ranks(world, ranks_differ, one, timeout=120):
+        assert len(worst) > 8 * len(GATES)
+        wrong = [(key, error) for key, error in worst if not error < 1e-12]
+        assert not wrong, wrong[:20]
