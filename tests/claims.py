@@ -1,0 +1,203 @@
+"""
+The comparison: which way of routing learns most from the same data, the same compute, the same time?
+
+    python tests/claims.py gpt                                 all methods, 3 seeds, on the CPU
+    python tests/claims.py gpt roberta translation --seeds=5 --workers=4 --device=cuda
+    python tests/claims.py tune                                each method's main knob, on gpt, one seed
+    python tests/claims.py table                               the tables again, from what has been run
+
+Every method has the same active parameters, data, learning rate and length. Three yardsticks, each with runs of its own,
+because a learning-rate schedule that is cut short is not a fair run:
+
+    steps   the same number of optimizer steps
+    rows    as many steps as use the Switch run's number of expert-rows (token-expert pairs, summed over layers)
+    time    as many steps as fit in the dense run's time, by the measured time per step
+
+Runs go to --out (one folder each, kept: a second call runs only what is missing), results to OUT/results.json, the
+training curves to OUT/curves-OBJECTIVE.svg. A fair `time` needs a machine that does nothing else; workers > 1 share it
+equally, one thread each.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+EVOMOE = "--gate=dts --diversify=0.1"
+METHODS = {  # flags beyond the common ones
+    "dense": "--n_experts=1",
+    "switch": "--gate=switch",
+    "hash": "--gate=hash",
+    "base": "--gate=base",
+    "stablemoe": "--gate=stablemoe",
+    "evomoe": EVOMOE,
+}
+KNOBS = {  # the main knob of each method: three values, the same small budget
+    "dense": ["--learning_rate=1e-3", "--learning_rate=2e-3", "--learning_rate=4e-3"],
+    "switch": ["--gate_args=balance=0.001", "--gate_args=balance=0.01", "--gate_args=balance=0.1"],
+    "hash": ["--gate_args=kind=balanced", "--gate_args=kind=random", "--k=2 --gate_args=kind=balanced"],
+    "base": ["--learning_rate=1e-3", "--learning_rate=2e-3", "--learning_rate=4e-3"],
+    "stablemoe": ["--gate_args=stage1=0.1", "--gate_args=stage1=0.25", "--gate_args=balance=0.03"],
+    "evomoe": ["--diversify=0", "--diversify=0.1", "--diversify=0.2"],
+}
+SIZES = {  # small enough for a CPU; raise them on a GPU with --flags
+    "gpt": "--n_layer=4 --n_embd=96 --n_head=4 --block_size=64 --batch_size=16 --max_steps=600 --learning_rate=2e-3",
+    "roberta": "--n_layer=4 --n_embd=96 --n_head=4 --block_size=64 --batch_size=16 --max_steps=600 --learning_rate=2e-3",
+    "translation": "--n_layer=2 --n_embd=96 --n_head=4 --batch_size=32 --max_steps=600 --learning_rate=2e-3",
+}
+
+
+def run(name, flags, a):
+    """One training run in OUT/name, unless it is there already. -> {"loss", "steps", "seconds", "rows", "curve"}."""
+    out = os.path.join(a.out, name)
+    done = os.path.join(out, "done.json")
+    if os.path.exists(done):
+        with open(done) as f:
+            return json.load(f)
+    subprocess.run(["rm", "-rf", out])
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *flags.split(), f"--out_dir={out}", "--eval_every=0",
+               "--save_every=0", "--log_every=10", "--sample_tokens=1"] + ([f"--device={a.device}"] if a.device else [])  # fmt: skip
+    env = dict(os.environ, OMP_NUM_THREADS=str(a.threads))
+    p = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    if p.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{p.stderr[-2000:]}")
+    with open(os.path.join(out, "log.jsonl")) as f:
+        log = [json.loads(line) for line in f]
+    train, held_out = [e for e in log if "loss" in e], [e for e in log if "val_loss" in e][-1]
+    per_token = [e.get("experts_per_token", 1.0) for e in train]
+    steps = held_out["step"]
+    speed = (train[-1]["seconds"] - train[0]["seconds"]) / max(1, train[-1]["step"] - train[0]["step"])  # s per step, without start-up
+    result = {
+        "loss": held_out["val_loss"], "bleu": held_out.get("val_bleu"), "steps": steps,
+        "seconds": speed * steps,
+        "rows": steps * statistics.mean(per_token),  # expert-rows per token and MoE layer, in units of one step's tokens
+        "curve": [(e["step"], e["loss"], e["seconds"], e.get("experts_per_token", 1.0)) for e in train],
+    }  # fmt: skip
+    with open(done, "w") as f:
+        json.dump(result, f)
+    print(f"{name:40s} loss {result['loss']:.4f}  steps {steps}  {result['seconds']:.0f} s", flush=True)
+    return result
+
+
+def compare(objective, a):
+    """All methods, seeds and yardsticks of one objective. -> {method: {yardstick: [result per seed]}}."""
+    common = f"--objective={objective} {SIZES[objective]} {a.flags}"
+    max_steps = int([f for f in common.split() if f.startswith("--max_steps=")][-1].split("=")[1])
+    methods = a.methods.split(",") if a.methods else list(METHODS)
+
+    def job(method, seed, yardstick, steps):
+        return run(f"{objective}-{method}-{yardstick}-{seed}", f"{common} {METHODS[method]} --seed={seed} --max_steps={steps}", a)
+
+    results = {m: {} for m in methods}
+    with ThreadPoolExecutor(a.workers) as pool:
+        first = {(m, s): pool.submit(job, m, s, "steps", max_steps) for s in range(a.seeds) for m in methods}
+        first = {key: f.result() for key, f in first.items()}
+        time_of = {m: statistics.median(first[m, s]["seconds"] for s in range(a.seeds)) for m in methods}
+        rows_of = {m: statistics.median(first[m, s]["rows"] for s in range(a.seeds)) for m in methods}
+        for yardstick, cost, target in (("rows", rows_of, rows_of.get("switch")), ("time", time_of, time_of.get("dense"))):
+            if not target:
+                continue
+            pending = {}
+            for m in methods:
+                steps = round(max_steps * target / cost[m])
+                near = abs(steps / max_steps - 1) < 0.02 or (yardstick == "rows" and m == "dense")
+                for s in range(a.seeds):
+                    pending[m, s] = None if near else pool.submit(job, m, s, yardstick, steps)
+            for (m, s), f in pending.items():
+                results[m].setdefault(yardstick, []).append(f.result() if f else first[m, s])
+    for (m, s), r in first.items():
+        results[m].setdefault("steps", []).append(r)
+    return results
+
+
+def show(values):
+    """mean +- sample standard deviation."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def table(objective, results):
+    """A Markdown table of held-out losses (nats per target), one row a method."""
+    print(f"\n### {objective}: held-out loss, mean ± standard deviation over seeds\n")
+    print("| method | equal steps | equal expert-rows | equal time | ms per step | experts per token |")
+    print("|---|---|---|---|---|---|")
+    for method, by in results.items():
+        r = by["steps"]
+        ms = 1000 * statistics.median(x["seconds"] / x["steps"] for x in r)
+        cells = [show([x["loss"] for x in by[y]]) if y in by else "-" for y in ("steps", "rows", "time")]
+        print(f"| {method} | {' | '.join(cells)} | {ms:.0f} | {statistics.mean(x['rows'] / x['steps'] for x in r):.2f} |")
+    for method, by in results.items():
+        if method != "switch" and "switch" in results:  # paired by seed: what the spread over seeds hides
+            pairs = {y: [m["loss"] - s["loss"] for m, s in zip(by[y], results["switch"][y])] for y in by if y in results["switch"]}
+            print(f"{method} - switch, paired by seed: " + ", ".join(f"{y} {show(d)}" for y, d in pairs.items()))
+
+
+def curves(objective, results, path):
+    """Training loss against steps and against time, first seed, as a plain SVG (no plotting package needed)."""
+    colors = ["#333333", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#d62728", "#8c564b"]
+    W, H, parts = 420, 300, []
+    smooth = lambda v, n=5: [statistics.mean(v[max(0, i - n) : i + 1]) for i in range(len(v))]
+    data = {m: by["steps"][0]["curve"] for m, by in results.items()}
+    low = min(min(smooth([c[1] for c in d])) for d in data.values())
+    high = statistics.median([d[min(len(d) - 1, 6)][1] for d in data.values()])
+    for panel, (axis, label) in enumerate(((0, "steps"), (2, "seconds"))):
+        x0, right = 50 + panel * (W + 60), max(d[-1][axis] for d in data.values())
+        parts.append(f'<text x="{x0 + W / 2}" y="{H + 45}" text-anchor="middle">{label}</text>')
+        parts.append(f'<rect x="{x0}" y="10" width="{W}" height="{H}" fill="none" stroke="#aaa"/>')
+        for f in (0, 0.5, 1):
+            parts.append(f'<text x="{x0 + f * W}" y="{H + 27}" text-anchor="middle" font-size="11">{f * right:.0f}</text>')
+            parts.append(f'<text x="{x0 - 5}" y="{14 + f * H}" text-anchor="end" font-size="11">{high - f * (high - low):.2f}</text>')
+        for color, (method, d) in zip(colors, data.items()):
+            pts = [(x0 + W * c[axis] / right, 10 + H * (high - v) / (high - low)) for c, v in zip(d, smooth([c[1] for c in d])) if v <= high]
+            parts.append(f'<polyline fill="none" stroke="{color}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in pts)}"/>')
+    for i, (color, method) in enumerate(zip(colors, data)):
+        parts.append(f'<text x="{60 + W - 90}" y="{30 + 16 * i}" fill="{color}" font-size="13">{method}</text>')
+    with open(path, "w") as f:
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * W + 130}" height="{H + 60}" font-family="sans-serif">'
+                f'<text x="50" y="{H + 58}" font-size="11">training loss, {objective}</text>{"".join(parts)}</svg>')  # fmt: skip
+
+
+def tune(a):
+    """Each method's main knob on gpt, one seed: three runs a method."""
+    common = f"--objective=gpt {SIZES['gpt']} {a.flags}"
+    with ThreadPoolExecutor(a.workers) as pool:
+        jobs = {(m, i): pool.submit(run, f"tune-{m}-{i}", f"{common} {METHODS[m]} {knob} --seed=100", a) for m in KNOBS for i, knob in enumerate(KNOBS[m])}
+        print("\n| method | knob | loss |\n|---|---|---|")
+        for (m, i), f in jobs.items():
+            print(f"| {m} | `{KNOBS[m][i]}` | {f.result()['loss']:.3f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", nargs="+", choices=[*SIZES, "tune", "table"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default="", help="comma-separated; all by default")
+    parser.add_argument("--flags", default="", help="more flags for every run, for example '--n_embd=256 --max_steps=3000'")
+    parser.add_argument("--device", default="")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
+    parser.add_argument("--out", default=os.path.join(ROOT, "out-claims"))
+    a = parser.parse_args()
+    os.makedirs(a.out, exist_ok=True)
+    path = os.path.join(a.out, "results.json")
+    results = json.load(open(path)) if os.path.exists(path) else {}
+    for what in a.what:
+        if what == "tune":
+            tune(a)
+        elif what in SIZES:
+            results[what] = compare(what, a)
+            with open(path, "w") as f:
+                json.dump(results, f)
+    for objective, r in results.items():
+        table(objective, r)
+        curves(objective, r, os.path.join(a.out, f"curves-{objective}.svg"))
+
+
+if __name__ == "__main__":
+    main()
