@@ -39,13 +39,14 @@ class Experts(nn.Module):
     only and checkpoints gather them by global number, which starts at `first`).
     """
 
-    def __init__(self, n, D, H, bias=False, dropout=0.0, first=0, sharded=False):
+    def __init__(self, n, D, H, bias=False, dropout=0.0, first=0, sharded=False, activation="gelu"):
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(n, D, H))
         self.w2 = nn.Parameter(torch.empty(n, H, D))
         self.b1 = nn.Parameter(torch.zeros(n, H)) if bias else None
         self.b2 = nn.Parameter(torch.zeros(n, D)) if bias else None
         self.n, self.first, self.sharded, self.dropout = n, first, sharded, nn.Dropout(dropout)
+        self.gelu = "tanh" if activation == "gelu_tanh" else "none"  # GPT-2's approximation, or the exact form
 
     @torch.no_grad()
     def init(self, seed, layer, std1, std2):
@@ -64,11 +65,11 @@ class Experts(nn.Module):
             rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
         if self.n == 1:
             h = rows @ w1[0] if b1 is None else rows @ w1[0] + b1[0]
-            y = self.dropout(F.gelu(h)) @ w2[0]
+            y = self.dropout(F.gelu(h, approximate=self.gelu)) @ w2[0]
             return y if b2 is None else y + b2[0]
         h = grouped_mm(rows, w1, counts)  # (M, H)
         h = h if b1 is None else h + b1.repeat_interleave(counts, 0, output_size=len(rows))
-        y = grouped_mm(self.dropout(F.gelu(h)), w2, counts)  # (M, D)
+        y = grouped_mm(self.dropout(F.gelu(h, approximate=self.gelu)), w2, counts)  # (M, D)
         return y if b2 is None else y + b2.repeat_interleave(counts, 0, output_size=len(rows))
 
 

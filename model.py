@@ -90,7 +90,7 @@ def make_ffn(cfg, layer, mesh, V, n_experts, is_moe=True, counts=None, n_domains
     number = first_layer + layer
     std = 0.02, 0.02 / math.sqrt(2 * cfg.n_layer)
     if n_experts == 1 or not is_moe:
-        ffn = Experts(1, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout)
+        ffn = Experts(1, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout, activation=cfg.activation)
         ffn.init(cfg.seed, number, *std)
         return ffn
     with torch.random.fork_rng(devices=[]):  # the gate draws from its own stream: the rest of the model is not disturbed
@@ -100,8 +100,8 @@ def make_ffn(cfg, layer, mesh, V, n_experts, is_moe=True, counts=None, n_domains
             counts=counts, n_domains=n_domains, steps=cfg.max_steps, **({"k": cfg.k} if cfg.k else {}),
         )  # fmt: skip
     mine = n_experts // mesh.ep  # experts on this rank
-    experts = Experts(mine, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout,
-                      first=mesh.ep_rank * mine, sharded=True)  # fmt: skip
+    experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout,
+                      first=mesh.ep_rank * mine, sharded=True, activation=cfg.activation)  # fmt: skip
     experts.init(cfg.seed, number, *std)
     return MoE(gate, experts, mesh, cfg.capacity_factor, cfg.eval_capacity_factor, cfg.drop_order, cfg.groups)
 
@@ -184,6 +184,18 @@ class Model(nn.Module):
         for m in self.moes():
             active += sum(p[0].numel() for p in m.experts.parameters()) * m.gate.k
         return total, active
+
+    def flops_per_token(self, experts_per_token, T, targets=1.0):
+        """Forward floating-point operations per token, a multiply and an add counting 2. experts_per_token: non-zeros of
+        a row of G, mean over the MoE layers; T: sequence length (attention is counted without regard to masks);
+        targets: share of the positions that meet the output layer. A gate counts as its matrices; a Translator as a
+        pair of a source and a target token."""
+        matrices = {name: p.numel() for name, p in self.named_parameters() if p.dim() >= 2 and ".ffn.experts." not in name}
+        head = sum(n for name, n in matrices.items() if name in ("wte.weight", "dense.weight"))
+        blocks = sum(n for name, n in matrices.items() if name.startswith(("stack.", "encoder.", "decoder.")))
+        per_row = sum(p[0].numel() for m in self.moes() for p in (m.experts.w1, m.experts.w2))
+        scores = sum(2 * T * self.cfg.n_embd for m in self.modules() if isinstance(m, Attention))
+        return 2 * (blocks + experts_per_token * per_row + scores + targets * head)
 
 
 class GPT(Model):

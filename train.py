@@ -75,7 +75,19 @@ class Config:
     eval_capacity_factor: float = 0.0  # the same at evaluation; 0: nothing is dropped
     drop_order: str = ""  # who is dropped first: arrival, choice, score, random; "" means the gate's own order
     groups: int = 1  # routing groups per process; groups=W on one process drops and balances as W processes do
+    activation: str = "gelu"  # gelu, or gelu_tanh (GPT-2's approximation of it)
+    expert_hidden: int = 0  # hidden width of an expert if it is not an FFN's; less than that is a finer mixture
     insist: bool = False  # run a gate that looks at later tokens in a causal model all the same
+    # The curriculum (evomoe.py); shares are of max_steps
+    diversify: float = 0.0  # share of the run with one expert, before the spawn: 0.1 for EvoMoE; 0 means no such phase
+    spawn: str = "mask"  # how experts come from the first: mask, noise, copy, importance (a split, with expert_hidden)
+    spawn_ratio: float = 0.3  # share of masked weights; relative size of the noise; share of neurons common to all experts
+    tau_max: float = 2.0  # dts: temperature at the spawn; 2 keeps all experts on
+    tau_min: float = 0.3  # dts: final temperature; lower means fewer experts and a smoother hard switch
+    tau_until: float = 0.4  # dts: the temperature falls until this share of the run
+    hard_at: float = 0.6  # dts: from this share on only the k best experts; 1 means never
+    distill: float = 0.0  # weight of the distillation from a dense teacher, 1 to 5; 0 means none
+    teacher: str = ""  # out_dir of the teacher's run; "" means the one in init_from
     # Optimisation
     batch_size: int = 16  # sequences per step over all processes
     grad_accum: int = 1  # micro-batches that a step is cut into, to save memory; must divide batch_size
@@ -97,7 +109,7 @@ class Config:
     log_every: int = 10  # steps between lines
     save_every: int = 200  # steps between checkpoints; one is always written at the end
     out_dir: str = "out"  # checkpoints and log
-    init_from: str = "scratch"  # scratch or resume (the newest intact checkpoint in out_dir)
+    init_from: str = "scratch"  # scratch; resume (the newest checkpoint in out_dir); out_dir of a dense run; gpt2
     eval_only: bool = False  # evaluate the newest checkpoint and leave
     sample: str = ""  # a prompt for the newest checkpoint, then leave
     sample_tokens: int = 120  # how much to sample
@@ -162,7 +174,7 @@ def parse(argv):
 def configure(given, base=None):
     """Config from flags, on top of `base` (a checkpoint's config, as a dict) or of the objective's defaults."""
     objective = given.get("objective", (base or {}).get("objective", Config.objective))
-    one_of = dict(objective=list(DEFAULTS), schedule=["cosine", "inverse_sqrt"], init_from=["scratch", "resume"],
+    one_of = dict(objective=list(DEFAULTS), schedule=["cosine", "inverse_sqrt"], activation=["gelu", "gelu_tanh"],
                   drop_order=["", "arrival", "choice", "score", "random"], dtype=["", "float32", "bfloat16"])  # fmt: skip
     for name, allowed in one_of.items():
         if given.get(name, "") not in [*allowed, ""]:
@@ -179,6 +191,10 @@ def configure(given, base=None):
             raise ValueError(f"--{name}={getattr(cfg, name)} must be greater than 0 (leave the flag out for no limit)")
     if cfg.gate not in gates():
         raise ValueError(f"--gate={cfg.gate} is unknown{closest(cfg.gate, gates())}; choose from {', '.join(sorted(gates()))}")
+    if evomoe.starts_trained(cfg) and not os.path.isdir(cfg.init_from) and not cfg.init_from.startswith("gpt2"):
+        raise ValueError(f"--init_from={cfg.init_from} is unknown{closest(cfg.init_from, ['scratch', 'resume', 'gpt2'])}; choose from "
+                         "scratch, resume, gpt2, or the folder of a dense run")  # fmt: skip
+    evomoe.check(cfg)
     if cfg.n_embd % cfg.n_head:
         raise ValueError(f"--n_embd={cfg.n_embd} is not divisible by --n_head={cfg.n_head}")
     if cfg.k > cfg.n_experts:
@@ -360,6 +376,15 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
+def sample_losses(model, corpus, cfg, device, n=256):
+    """The mean loss of each of n training sequences, one graph at a time: what evomoe.importance wants."""
+    for i in range(n):
+        batch = train_batch(corpus, cfg, i // cfg.batch_size)
+        nll = forward(model, {name: t[i % cfg.batch_size, None].to(device) for name, t in batch.items()})[0]
+        if nll.numel():  # a short sequence may have no masked token
+            yield nll.mean()
+
+
 def learning_rate(step, cfg):
     """Linear warmup to the peak, then cosine to min_lr * peak at max_steps, or peak * sqrt(warmup / step)."""
     if step < cfg.warmup:
@@ -515,6 +540,13 @@ def save_checkpoint(model, optimizer, cfg, step, mesh):
     on_main(mesh, write)
 
 
+def check_flags(given, fields, where):
+    """ValueError if flags contradict the values that a checkpoint needs."""
+    differ = [f"{n}={given[n]!r} (checkpoint: {v!r})" for n, v in fields.items() if n in given and given[n] != v]
+    if differ:
+        raise ValueError(f"{where} is from another config: {', '.join(differ)}; drop these flags or choose another --out_dir")
+
+
 def load_checkpoint(given, mesh):
     """The newest intact checkpoint in out_dir. Flags that would change the model must agree with it."""
     out_dir = given.get("out_dir", Config.out_dir)
@@ -522,10 +554,8 @@ def load_checkpoint(given, mesh):
     if path is None:
         raise ValueError(f"no checkpoint (ckpt_*.pt) in {out_dir}: train first, or name another --out_dir")
     state = dist.load(path)
-    fixed = "objective dataset n_layer n_head n_embd n_hidden block_size bias n_experts moe_every gate k gate_args".split()
-    differ = [f"{n}={given[n]!r} (checkpoint: {state['config'][n]!r})" for n in fixed if n in given and given[n] != state["config"][n]]
-    if differ:
-        raise ValueError(f"{path} is from another config: {', '.join(differ)}; drop these flags or choose another --out_dir")
+    fixed = "objective dataset n_layer n_head n_embd n_hidden block_size bias n_experts moe_every gate k gate_args expert_hidden".split()
+    check_flags(given, {name: state["config"][name] for name in fixed}, path)
     return path, state
 
 
@@ -556,9 +586,9 @@ def prepare(cfg, mesh):
 
 def check_causality(model, cfg, say):
     """Refuse gates that look at later tokens even at evaluation; say it in one line when training does."""
-    if not model.gates() or cfg.objective == "roberta":
+    if cfg.n_experts == 1 or cfg.objective == "roberta":
         return
-    gate = model.gates()[0]
+    gate = model.gates()[0] if model.gates() else gates()[cfg.gate]  # before the spawn there are none yet
     if gate.causal == "never" and not cfg.insist:
         raise ValueError(f"--gate={cfg.gate} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist to do it all the same)")
     order = cfg.drop_order or gate.drop_order
@@ -581,6 +611,13 @@ def main(argv):
         keep = {name: v for name, v in state["config"].items() if name not in ("init_from", "eval_only", "sample", "device", "ep")}
         cfg, first = configure(given, keep), state["step"]
         say(f"loaded {path} (step {first})")
+    elif evomoe.starts_trained(cfg):
+        fields, start = evomoe.trained(cfg.init_from)
+        check_flags(given, fields, cfg.init_from)
+        cfg = configure(given, fields)
+        say(f"starting from the weights of {cfg.init_from}")
+    if cfg.distill and not cfg.teacher:
+        cfg.teacher = cfg.init_from
     if (cfg.batch_size // cfg.grad_accum) % mesh.world:
         raise ValueError(f"--batch_size={cfg.batch_size} / grad_accum={cfg.grad_accum} is not divisible by the {mesh.world} processes")
     corpus = prepare(cfg, mesh)
@@ -589,11 +626,18 @@ def main(argv):
     autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     torch.manual_seed(cfg.seed)
 
-    model = build_model(cfg, corpus, mesh, evomoe.n_experts(max(first - 1, 0), cfg) if state else evomoe.n_experts(0, cfg))
+    dense = evomoe.is_dense(state) if state else evomoe.starts_dense(cfg)
+    model = build_model(cfg, corpus, mesh, 1 if dense else cfg.n_experts)
     check_causality(model, cfg, say)
     optimizer = make_optimizer(model, cfg)
     if state:
         dist.load_state(model, optimizer, state, mesh)
+    elif evomoe.starts_trained(cfg):
+        evomoe.load_weights(model, start, mesh)
+    teacher = None
+    if cfg.distill:
+        teacher = build_model(cfg, corpus, mesh, 1).eval().requires_grad_(False)
+        evomoe.load_weights(teacher, evomoe.trained(cfg.teacher)[1], mesh)
     evomoe.set_phase(model, first, cfg)
     total, active = model.n_params()
     say(f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per token, "
@@ -608,6 +652,9 @@ def main(argv):
             result = evaluate(model, corpus, split, dataclasses.replace(cfg, eval_batches=given.get("eval_batches", 0)), mesh, autocast)
             say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
         return mesh.close()
+    if dense and cfg.n_experts > 1:
+        say(evomoe.show(cfg))
+        build_model(cfg, corpus, mesh, cfg.n_experts)  # a wrong gate_args should stop the run now, not at the spawn
 
     def open_log():
         """Start the log, or cut a resumed one back to the checkpoint's step."""
@@ -640,11 +687,19 @@ def main(argv):
     val = "val" if "val" in corpus.splits else "test"
     say(f"to beat: {unigram_loss(corpus, val):.3f}, the loss of guessing tokens by frequency")
     model.train()
-    net = torch.compile(model) if cfg.compile else model
-    weights = loss_weights(model)
+    compiled = lambda m: torch.compile(m) if cfg.compile and not cfg.distill else m  # a teacher watches through hooks
+    net, weights = compiled(model), loss_weights(model)
     started, tick, tokens, saved = time.time(), time.time(), 0, first if state else None
     for step in range(first, cfg.max_steps):
         # 1. schedules
+        if dense and cfg.n_experts > 1 and step >= evomoe.spawn_step(cfg):
+            grown = build_model(cfg, corpus, mesh, cfg.n_experts)
+            samples = sample_losses(model, corpus, cfg, device)
+            score = evomoe.importance(model, samples) if cfg.spawn == "importance" else None
+            new = make_optimizer(grown, cfg)
+            evomoe.spawn(model, optimizer, grown, new, cfg, score)
+            model, optimizer, net, weights, dense = grown, new, compiled(grown), loss_weights(grown), False
+            say(f"step {step:5d} | one expert per layer becomes {cfg.n_experts} ({cfg.spawn}): {model.n_params()[0] / 1e6:.2f} M parameters")
         evomoe.set_phase(model, step, cfg)
         lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
@@ -653,11 +708,18 @@ def main(argv):
         torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
         batch = train_batch(corpus, cfg, step, mesh.n_nodes)
         n_targets = int((batch["y"] >= 0).sum())
-        task, auxes = torch.zeros((), device=device), {}
+        n_positions = int(batch["live"].sum()) if "live" in batch else batch["x"].numel()
+        task, auxes, distilled = torch.zeros((), device=device), {}, torch.zeros(2, device=device)
         for micro in micro_batches(batch, cfg, mesh, device):
-            with autocast:
+            with autocast, evomoe.watch(model if teacher else None) as seen:
                 nll, smoothed, pick, aux = forward(net, micro, cfg.label_smoothing)
             loss = smoothed.sum() / n_targets
+            if teacher:
+                with torch.no_grad(), autocast, evomoe.watch(teacher) as target:
+                    forward(teacher, micro)
+                terms = evomoe.distillation(seen, target, micro.get("live"), n_positions, n_targets)
+                loss = loss + cfg.distill * terms.sum()
+                distilled += terms.detach()
             if "log_prob" in aux:
                 term = score_function_term(aux.pop("log_prob"), nll, pick, cfg.batch_size // cfg.grad_accum, mesh)
                 loss = loss + cfg.score_weight * term / cfg.grad_accum
@@ -684,13 +746,18 @@ def main(argv):
             loss = float(mesh.all_reduce(task))
             n = max(1, len(model.moes()))
             extra = {name: float(v) / n for name, v in auxes.items()}  # per layer
+            if teacher:
+                extra |= dict(zip(("mse", "kl"), mesh.all_reduce(distilled).tolist()))
+            phase = evomoe.now(step, cfg)
+            flops = model.flops_per_token(stats.get("experts_per_token", 1), batch["x"].shape[1], n_targets / batch["x"].numel())
             now = time.time()
             speed, left = tokens / (now - tick), (now - started) / (done - first) * (cfg.max_steps - done)
-            say(f"step {done:5d}/{cfg.max_steps} | loss {loss:.4f}" + "".join(f" | {k} {v:.3f}" for k, v in extra.items() if weights.get(k))
+            say(f"step {done:5d}/{cfg.max_steps} | loss {loss:.4f}" + "".join(f" | {k} {v:.3f}" for k, v in extra.items() if weights.get(k) or k in ("mse", "kl"))
+                + (f" | {phase['phase']} tau {phase['tau']:.2f}" if stats and cfg.gate == "dts" else "")
                 + (f" | experts/token {stats['experts_per_token']:.2f} | dropped {stats['dropped']:.1%} | load {bar(stats['load'])} "
                    f"{stats['load_min']:.2f}-{stats['load_max']:.2f}" if stats else "")
-                + f" | {speed / 1e3:.1f}k tok/s | {clock(left)} left", flush=True)  # fmt: skip
-            log({"step": done, "loss": loss, "lr": lr, "norm": float(norm), **extra, **stats, "tokens_per_s": speed, "seconds": now - started})
+                + f" | {flops / 1e6:.2f} MFLOP/token | {speed / 1e3:.1f}k tok/s | {clock(left)} left", flush=True)  # fmt: skip
+            log({"step": done, "loss": loss, "lr": lr, "norm": float(norm), **extra, **stats, **phase, "flops_per_token": flops, "tokens_per_s": speed, "seconds": now - started})
             tick, tokens = time.time(), 0
         last, stopping = done == cfg.max_steps, mesh.any(bool(stop))
         if last or stopping or (cfg.eval_every and done % cfg.eval_every == 0):
