@@ -357,8 +357,11 @@ def load_tokenizer(folder):
         try:
             with open(path, encoding="ascii") as f:
                 lines = f.read().splitlines()
-            tok = Tokenizer("bpe", [base64.b64decode(line, validate=True) for line in lines])
-        except Exception as e:   # bad base64, bytes that are no text, a token that is there twice
+            tokens = [base64.b64decode(line, validate=True) for line in lines]
+            if len(set(tokens)) < len(tokens):
+                raise ValueError("a token is there twice")
+            tok = Tokenizer("bpe", tokens)
+        except (ValueError, KeyError) as e:
             raise ValueError(f"{path} is damaged ({type(e).__name__}): {prepare_hint(folder)}") from None
     if tok.vocab_size != meta["vocab_size"]:
         raise ValueError(f"the tokenizer of {folder} has {tok.vocab_size:,d} tokens where meta.json says "

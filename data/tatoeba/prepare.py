@@ -1,10 +1,11 @@
 """
-Tatoeba, English-German: short sentences of everyday life, translated by volunteers; some 170,000 pairs, 12 MB,
-in the edition of 2018 and more in later ones. CC BY 2.0 (https://tatoeba.org).
+Tatoeba, English-German: short sentences of everyday life, translated by volunteers. 12 MB, 170,000 pairs in
+the edition of 2018, more in later ones. CC BY 2.0 (https://tatoeba.org).
 From http://www.manythings.org/anki/deu-eng.zip, which is renewed now and then: no checksum.
 
 An English sentence may have several translations, so the split is by English sentence: shuffled with a fixed
-seed, 1000 for val and 1000 for test, each with its first translation only; the others, with all theirs, train.
+seed, 1000 for val and 1000 for test, each with its first translation only,
+the rest with all of them for train.
 
     python data/tatoeba/prepare.py                              # BPE of 8192 for both languages; 15 s
     python data/tatoeba/prepare.py --data_dir=FOLDER            # FOLDER/deu-eng.zip is there already

@@ -1,0 +1,567 @@
+"""
+data/: the byte-pair trainer against the textbook's quadratic one, round trips, splits that share nothing, the
+grammar's German, and what damaged files, broken downloads and crashes leave behind. No network.
+"""
+import ast
+import gzip
+import http.server
+import importlib.util
+import io
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from argparse import Namespace
+from collections import Counter
+
+import numpy as np
+import pytest
+
+DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
+sys.path[:0] = [DATA, os.path.join(DATA, "grammar")]
+import common
+import grammar
+
+TEXT = ("the cat sat on the mat, the other cats sat there; don't they? aaaa aaa aaaaaaa 1234 1999\n"
+        "x_y __init__\n    indented\n\n\nStraße, naïve café über 北京 🙂🙂 the the the\n") * 2
+
+
+def script(name):
+    """data/NAME/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", os.path.join(DATA, name, "prepare.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def flags(out_dir, **more):
+    return Namespace(**dict(out_dir=str(out_dir), data_dir="", tokenizer="bpe", vocab_size=400) | more)
+
+
+def documents(folder, split):
+    """[decoded document, ...] of a prepared text corpus."""
+    meta, tok = common.load_meta(folder), common.load_tokenizer(folder)
+    return tok.decode(common.load_split(folder, meta, split)).split("<|endoftext|>")[:-1]
+
+
+def sentences(folder, split):
+    """[(source, target), ...] of a prepared translation corpus."""
+    tok, pairs = common.load_tokenizer(folder), common.load_split(folder, common.load_meta(folder), split)
+    sides = []
+    for ids, idx in ((pairs.src, pairs.src_idx), (pairs.tgt, pairs.tgt_idx)):
+        assert all(ids[end - 1] == tok.eot for end in idx[1:])
+        sides.append([tok.decode(ids[a:b - 1]) for a, b in zip(idx, idx[1:])])
+    return list(zip(*sides))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+def naive_bpe(text, size):
+    """Count all pairs of the whole text anew for every merge."""
+    words = [[bytes([b]) for b in word.encode()] for word in re.findall(common.PATTERN, text)]
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < size:
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        n, pair = min(((-n, tuple(map(tokens.index, pair))) for pair, n in counts.items()), default=(0, None))
+        if n > -2:
+            break
+        pair = tokens[pair[0]], tokens[pair[1]]
+        if b"".join(pair) not in tokens:
+            tokens.append(b"".join(pair))
+        words = [naive_merge(word, pair) for word in words]
+    return tokens
+
+
+def naive_merge(word, pair):
+    out = []
+    for token in word:
+        out.append(token)
+        if tuple(out[-2:]) == pair:
+            out[-2:] = [b"".join(pair)]
+    return out
+
+
+@pytest.mark.parametrize("size", [256, 257, 300, 5000])
+def test_trainer_equals_recounting_everything(size):
+    tokens = common.train_bpe([TEXT], size)
+    assert tokens == naive_bpe(TEXT, size)
+    assert len(set(tokens)) == len(tokens) <= size
+
+
+def test_trainer_learns_the_textbook_example():
+    """Sennrich et al. 2016, section 3.2: low, lower, newest, widest. Ties go to the smaller bytes."""
+    texts = ["low\n" * 5, "lower\n" * 2, "newest\n" * 6, "widest\n" * 3]
+    tokens = common.train_bpe(texts, 256 + 4)
+    assert tokens[256:] == [b"es", b"est", b"lo", b"low"]
+    assert tokens == common.train_bpe(texts[::-1], 256 + 4), "the order of the texts does not matter"
+
+
+def test_encoding_merges_by_rank():
+    tok = common.make_tokenizer("bpe", 320, [TEXT])
+    ranks = {token: i for i, token in enumerate(tok.tokens)}
+    expected = []
+    for word in re.findall(common.PATTERN, TEXT):
+        word = [bytes([b]) for b in word.encode()]
+        while pairs := [p for p in zip(word, word[1:]) if p[0] + p[1] in ranks]:
+            word = naive_merge(word, min(pairs, key=lambda p: ranks[p[0] + p[1]]))
+        expected += [ranks[token] for token in word]
+    assert tok.encode(TEXT) == expected
+    assert len(expected) < len(TEXT.encode()) / 1.5
+
+
+@pytest.mark.parametrize("name", ["bpe", "bytes"])
+def test_round_trip(name):
+    tok, rng = common.make_tokenizer(name, 400, [TEXT]), random.Random(0)
+    noise = bytes(rng.randrange(256) for _ in range(3000))
+    any_character = [chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))) for _ in noise]
+    texts = ["", " ", TEXT, "\r\n\t\x00\x1c\u2028\u0301e\u0301 ½ Ⅷ ١٢ नमस्ते", " " * 5000, "!" * 5000,
+             "_1_a" * 999, noise.decode("latin-1"), noise.decode("utf-8", "replace"), "".join(any_character)]
+    for text in texts:
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and all(0 <= i < tok.eot for i in ids)
+    assert tok.decode(tok.encode("a\ud800b")) == "a\ufffdb", "half a surrogate pair is no character"
+
+
+def test_specials_are_the_last_ids_and_never_come_from_text():
+    tok = common.make_tokenizer("bytes", 0, ())
+    assert (tok.eot, tok.mask, tok.pad, tok.bos, tok.vocab_size) == (256, 257, 258, 259, 260)
+    assert tok.encode("<|endoftext|><|mask|>") == list(b"<|endoftext|><|mask|>")
+    assert tok.decode([104, 105, tok.eot]) == "hi<|endoftext|>"
+
+
+def test_gpt2_out_of_reach_is_one_line(monkeypatch):
+    def offline(name):
+        raise RuntimeError("a long story\nof several lines")
+    monkeypatch.setattr(common.tiktoken, "get_encoding", offline)
+    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR.*--tokenizer=bpe") as e:
+        common.make_tokenizer("gpt2", 0, ())
+    assert "\n" not in str(e.value)
+    assert common.make_tokenizer("auto", 300, [TEXT]).name == "bpe"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Corpora
+
+@pytest.fixture(scope="module")
+def stdlib(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stdlib")
+    script("stdlib").main(flags(folder, vocab_size=300, code_bytes=800_000, limit=70))
+    return str(folder)
+
+
+def test_stdlib_domains_and_sizes(stdlib):
+    meta, tok = common.load_meta(stdlib), common.load_tokenizer(stdlib)
+    for split, sizes in meta["splits"].items():
+        ids = common.load_split(stdlib, meta, split)
+        assert list(sizes["domains"]) == ["prose", "code"] and ids[-1] == tok.eot
+        end = 0
+        for start, stop, size in sizes["domains"].values():
+            assert start == end and ids[stop - 1] == tok.eot
+            texts = tok.decode(ids[start:stop]).split("<|endoftext|>")[:-1]
+            assert size == len("".join(texts).encode())
+            end = stop
+        assert end == sizes["tokens"] == len(ids)
+    start, stop, _ = meta["splits"]["train"]["domains"]["code"]
+    assert "import " in tok.decode(common.load_split(stdlib, meta, "train")[start:stop])
+
+
+def test_stdlib_holds_out_whole_documents(stdlib):
+    """No held-out source file and no paragraph of held-out prose is in training."""
+    train, val = documents(stdlib, "train"), documents(stdlib, "val")
+    assert len(train) > len(val) > 0 and not set(train) & set(val)
+    seen = set("\n\n".join(train).split("\n\n"))
+    meta, tok = common.load_meta(stdlib), common.load_tokenizer(stdlib)
+    start, stop, _ = meta["splits"]["val"]["domains"]["prose"]
+    prose = tok.decode(common.load_split(stdlib, meta, "val")[start:stop]).replace("<|endoftext|>", "\n\n")
+    held_out = {p for p in prose.split("\n\n") if p}
+    assert len(held_out) > 10 and not seen & held_out
+
+
+def test_docstrings_leave_the_code():
+    source = '''"""Module: ünicode."""
+import os
+class A:
+    """Only this."""
+class B:
+    """Two
+    lines."""
+    x = "a string stays"
+    async def f(self):
+        r"""Raw."""
+        return """this
+        stays"""
+if os:
+    def g(): "one line"
+'''
+    docs, code = script("stdlib").split_source(source)
+    tree = ast.parse(code)
+    assert docs.split("\n\n") == ["Module: ünicode.", "Only this.", "Two\nlines.", "Raw.", "one line"]
+    assert not any(doc in code for doc in ("Module", "Only", "lines.", "one line", "Raw"))
+    assert "a string stays" in code and '"""this\n        stays"""' in code and code.count("pass") == 2
+    assert [node.name for node in tree.body[1:3]] == ["A", "B"]
+
+
+def test_shakespeare_is_cut_where_nanogpt_cuts(tmp_path):
+    text = TEXT * 3 + "x"
+    (tmp_path / "input.txt").write_text(text, encoding="utf-8")
+    script("shakespeare").main(flags(tmp_path / "out", data_dir=str(tmp_path)))
+    cut = int(len(text) * 0.9)
+    assert documents(tmp_path / "out", "train") == [text[:cut]]
+    assert documents(tmp_path / "out", "val") == [text[cut:]]
+
+
+def test_wikitext_is_cut_into_articles_without_loss():
+    articles = [" \n = One = \n \n text = 1 \n \n = = Part = = \n \n more \n \n",
+                " = Two = \n \n Key : \n W = Wins = \n \n end \n \n", " = Three = \n \n x \n"]
+    assert script("wikitext2").articles("".join(articles)) == articles
+
+
+@pytest.mark.parametrize("top", ["", "classic-books-markdown-main/"])
+def test_books_hold_out_whole_books(tmp_path, top):
+    books = script("books")
+    names = sorted(books.HELD_OUT) + ["Herman Melville/Moby-Dick.md", "README.md"]
+    with tarfile.open(tmp_path / "classic-books.tar.gz", "w:gz") as archive:
+        for i, name in enumerate(names):
+            text = f"# Title: {name}\n\n## Year: 1851\n\n-------\n\nChapter {i}" if "/" in name else "about"
+            member = tarfile.TarInfo(top + name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    books.main(flags(tmp_path / "out", data_dir=str(tmp_path)))
+    assert documents(tmp_path / "out", "train") == ["Chapter 4\n"]
+    assert sorted(documents(tmp_path / "out", "val")) == [f"Chapter {i}\n" for i in range(4)]
+    whole = (tmp_path / "classic-books.tar.gz").read_bytes()
+    for damaged in (whole[:100], b"no archive", whole[:-30]):
+        (tmp_path / "classic-books.tar.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="classic-books.tar.gz"):
+            books.main(flags(tmp_path / "out", data_dir=str(tmp_path)))
+
+
+def test_multi30k_pairs_lines_and_drops_empty_ones(tmp_path, capsys):
+    texts = {"en": "A dog.\n\nA cat.\r\nTwo\u2028men.\n",
+             "de": "Ein Hund.\nLeer.\nEine Katze.\nZwei Männer.\n"}
+    for name in ("train", "val", "test_2016_flickr"):
+        for lang, text in texts.items():
+            (tmp_path / f"{name}.{lang}.gz").write_bytes(gzip.compress(text.encode()))
+    expected = [("A dog.", "Ein Hund."), ("A cat.", "Eine Katze."), ("Two\u2028men.", "Zwei Männer.")]
+    main = script("multi30k").main
+    main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
+    assert sentences(tmp_path / "out", "test") == expected
+    assert "dropped 1 pair" in capsys.readouterr().out
+    main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="de-en"))
+    assert sentences(tmp_path / "out", "val") == [(de, en) for en, de in expected]
+    assert common.load_meta(tmp_path / "out")["langs"] == ["de", "en"]
+    (tmp_path / "val.de.gz").write_bytes(gzip.compress(b"Ein Hund.\n"))
+    with pytest.raises(ValueError, match=r"val.en.gz has 4 lines but .*val.de.gz has 1"):
+        main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
+    (tmp_path / "val.de.gz").write_bytes(gzip.compress(b"Ein Hund.\n" * 500)[:-9])
+    with pytest.raises(ValueError, match="val.de.gz is damaged"):
+        main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
+    assert sentences(tmp_path / "out", "val") == [(de, en) for en, de in expected], "the old files stay whole"
+
+
+def test_tatoeba_has_no_source_in_two_splits(tmp_path):
+    lines = [f"Go {i // 3}.\tGeh {i}.\tCC-BY 2.0" for i in range(90)]
+    lines += ["Only English\t", "Go 0.\tGeh 0.\tagain"]
+    with zipfile.ZipFile(tmp_path / "deu-eng.zip", "w") as archive:
+        archive.writestr("deu.txt", "\n".join(lines) + "\n")
+    script("tatoeba").main(flags(tmp_path / "out", data_dir=str(tmp_path), held_out=5))
+    train, val, test = (sentences(tmp_path / "out", split) for split in ("train", "val", "test"))
+    assert [len(train), len(val), len(test)] == [60, 5, 5]
+    assert len({s for s, _ in train} | {s for s, _ in val} | {s for s, _ in test}) == 30
+    assert all(int(de[4:-1]) // 3 == int(en[3:-1]) for en, de in train + val + test)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The grammar
+
+def noun(word, kinds=("person", "animal", "thing", "food", "place")):
+    return next(row for kind in kinds for row in grammar.NOUNS[kind] if row[0] == word)
+
+
+def verb(word, *kinds):
+    return next(row for kind in kinds or grammar.VERBS for row in grammar.VERBS[kind] if row[0] == word)
+
+
+PERSONS = ("I", "you", "he", "we", "they")
+
+
+def adjective(word):
+    return next(row for rows in grammar.ADJECTIVES.values() for row in rows if row[0] == word)
+
+
+@pytest.mark.parametrize("n, english, german", [
+    (2, "two", "zwei"), (16, "sixteen", "sechzehn"), (17, "seventeen", "siebzehn"),
+    (21, "twenty-one", "einundzwanzig"), (30, "thirty", "dreißig"), (76, "seventy-six", "sechsundsiebzig"),
+    (100, "one hundred", "einhundert"),
+    (342, "three hundred and forty-two", "dreihundertzweiundvierzig"), (1000, "one thousand", "eintausend"),
+    (12005, "twelve thousand and five", "zwölftausendfünf"),
+    (21600, "twenty-one thousand six hundred", "einundzwanzigtausendsechshundert"),
+    (999999, "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
+     "neunhundertneunundneunzigtausendneunhundertneunundneunzig")])
+def test_numerals(n, english, german):
+    assert grammar.numeral(n) == (english, german)
+
+
+def test_numerals_differ():
+    assert len({grammar.numeral(n)[1] for n in range(1, 20_000)}) == 19_999
+
+
+@pytest.mark.parametrize("det, word, plural, nom, acc, dat", [
+    ("the", "man", False, "der alte Mann", "den alten Mann", "dem alten Mann"),
+    ("the", "woman", False, "die alte Frau", "die alte Frau", "der alten Frau"),
+    ("the", "child", False, "das alte Kind", "das alte Kind", "dem alten Kind"),
+    ("the", "child", True, "die alten Kinder", "die alten Kinder", "den alten Kindern"),
+    ("a", "man", False, "ein alter Mann", "einen alten Mann", "einem alten Mann"),
+    ("a", "woman", False, "eine alte Frau", "eine alte Frau", "einer alten Frau"),
+    ("a", "child", False, "ein altes Kind", "ein altes Kind", "einem alten Kind"),
+    ("this", "horse", False, "dieses alte Pferd", "dieses alte Pferd", "diesem alten Pferd"),
+    ("these", "car", True, "diese alten Autos", "diese alten Autos", "diesen alten Autos"),
+    ("our", "king", False, "unser alter König", "unseren alten König", "unserem alten König"),
+    ("their", "woman", True, "ihre alten Frauen", "ihre alten Frauen", "ihren alten Frauen"),
+    (("two", "zwei"), "apple", True, "zwei alte Äpfel", "zwei alte Äpfel", "zwei alten Äpfeln")])
+def test_articles_adjectives_and_nouns_agree(det, word, plural, nom, acc, dat):
+    phrase = grammar.noun_phrase(det, adjective("old"), noun(word), plural)
+    assert phrase.de == dict(nom=nom, acc=acc, dat=dat)
+
+
+def test_stems_that_change():
+    phrase = lambda word: grammar.noun_phrase("a", adjective(word), noun("car")).de["nom"]
+    assert [phrase(word) for word in ("expensive", "dark", "clean")] == [
+        "ein teures Auto", "ein dunkles Auto", "ein sauberes Auto"]
+    assert grammar.noun_phrase("a", adjective("tired"), noun("uncle")).de["nom"] == "ein müder Onkel"
+    assert grammar.noun_phrase("a", None, noun("uncle")).en == "an uncle"
+
+
+@pytest.mark.parametrize("word, german", [
+    ("see", "sehe siehst sieht sehen sehen"), ("find", "finde findest findet finden finden"),
+    ("eat", "esse isst isst essen essen"), ("dance", "tanze tanzt tanzt tanzen tanzen"),
+    ("admire", "bewundere bewunderst bewundert bewundern bewundern"),
+    ("wash", "wasche wäschst wäscht waschen waschen"),
+    ("smile", "lächle lächelst lächelt lächeln lächeln"), ("greet", "grüße grüßt grüßt grüßen grüßen")])
+def test_conjugation(word, german):
+    assert " ".join(grammar.conjugate(*verb(word)[2:4], who) for who in PERSONS) == german
+
+
+def test_knowing():
+    forms = [grammar.conjugate(*verb("know", "that")[2:4], who) for who in PERSONS]
+    assert forms == ["weiß", "weißt", "weiß", "wissen", "wissen"]
+
+
+def test_word_order():
+    king = grammar.noun_phrase("the", None, noun("king"))
+    window = grammar.noun_phrase("a", None, noun("window"))
+    clause = grammar.Clause(king, verb("open"), accusative=window, time=("in May", "im Mai"))
+    assert grammar.english(clause) == "the king opens a window in May"
+    assert grammar.german(clause) == "der König macht im Mai ein Fenster auf"
+    front = grammar.german(clause._replace(time=None), front="im Mai")
+    assert front == "im Mai macht der König ein Fenster auf"
+    assert grammar.german(clause, "last") == "der König im Mai ein Fenster aufmacht"
+    assert grammar.english(clause, question=True) == "does the king open a window in May"
+    assert grammar.german(clause, "first") == "macht der König im Mai ein Fenster auf"
+    past, modal = clause._replace(tense="past"), clause._replace(tense="must")
+    assert grammar.english(past) == "the king opened a window in May"
+    assert grammar.german(past) == "der König hat im Mai ein Fenster aufgemacht"
+    assert grammar.german(past, "last") == "der König im Mai ein Fenster aufgemacht hat"
+    assert grammar.german(modal) == "der König muss im Mai ein Fenster aufmachen"
+    assert grammar.german(modal, "last") == "der König im Mai ein Fenster aufmachen muss"
+
+
+def test_cases_auxiliaries_and_negation():
+    she, them = grammar.pronoun("she"), grammar.pronoun("they")
+    follow = grammar.Clause(she, verb("follow"), "past", dative=them, negated=True)
+    assert grammar.english(follow) == "she did not follow them"
+    assert grammar.german(follow) == "sie ist ihnen nicht gefolgt"
+    none = grammar.noun_phrase("not a", adjective("red"), noun("apple"))
+    give = grammar.Clause(grammar.pronoun("I"), verb("give"), "want to", dative=grammar.pronoun("he"),
+                          accusative=none, negated=True, kein=True)
+    assert grammar.english(give) == "I do not want to give him a red apple"
+    assert grammar.german(give) == "ich will ihm keinen roten Apfel geben"
+
+
+def test_german_is_a_function_of_english():
+    pairs = grammar.corpus(2000)
+    assert pairs == grammar.corpus(2000) and pairs[:500] == grammar.corpus(500)
+    assert len({en for en, _ in pairs}) == 2000     # corpus raises if one source has two translations
+    assert all(de[0].isupper() and de[-1] == en[-1] and "  " not in en + de for en, de in pairs)
+    assert all(row[0] != row[1] for rows in grammar.VERBS.values() for row in rows)     # the past shows
+
+
+def test_grammar_holds_out_sources(tmp_path):
+    script("grammar").main(flags(tmp_path, pairs=1000, held_out=100))
+    train, val, test = (sentences(tmp_path, split) for split in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (1000, 100, 100)
+    assert len({en for en, _ in train + val + test}) == 1200
+    assert val + test == grammar.corpus(200)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Damage
+
+@pytest.fixture
+def prepared(tmp_path):
+    tok = common.make_tokenizer("bpe", 300, [TEXT])
+    splits = {"train": {"a": [TEXT, "x"], "b": [TEXT]}, "val": {"a": ["y"], "b": ["z"]}}
+    common.write_text(tmp_path, tok, splits, "test")
+    return tmp_path
+
+
+def everything(folder):
+    meta = common.load_meta(folder)
+    return common.load_tokenizer(folder), [common.load_split(folder, meta, split) for split in meta["splits"]]
+
+
+def edit(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
+    (edit("meta.json", lambda b: b[:50]), "meta.json is damaged"),
+    (edit("meta.json", lambda b: b"[]"), "meta.json is damaged"),
+    (edit("meta.json", lambda b: b.replace(b'"dtype"', b'"type"')), "meta.json is damaged"),
+    (lambda folder: (folder / "train.bin").unlink(), "train.bin is missing"),
+    (edit("train.bin", lambda b: b""), "train.bin is empty"),
+    (edit("train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes where meta.json says"),
+    (edit("val.bin", lambda b: b + b[:2]), "val.bin has [0-9,]+ bytes where meta.json says"),
+    (edit("train.bin", lambda b: b[:-2] + b"\x2c\x01"), "token id 300, beyond the vocabulary of 300"),
+    (lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt is missing"),
+    (edit("vocab.txt", lambda b: b[:-9]), "has [0-9,]+ tokens|vocab.txt is damaged"),
+    (edit("vocab.txt", lambda b: b"\xff" + b), "vocab.txt is damaged"),
+    (edit("vocab.txt", lambda b: b.replace(b"\n", b"?\n", 1)), "vocab.txt is damaged"),
+    (edit("vocab.txt", lambda b: b"\n".join(b.split(b"\n")[:-2])), "has 299 tokens where meta.json says 300"),
+    (edit("vocab.txt", lambda b: b"AA==\n" + b[:b[:-1].rindex(b"\n") + 1]), "vocab.txt is damaged")])
+def test_damaged_corpus_is_one_line(prepared, damage, message):
+    everything(prepared)
+    damage(prepared)
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as e:
+        everything(prepared)
+    assert "\n" not in str(e.value) and "prepare.py" in str(e.value)
+
+
+def test_unknown_split_is_named(prepared):
+    with pytest.raises(ValueError, match="no split 'test', only train, val"):
+        common.load_split(prepared, common.load_meta(prepared), "test")
+
+
+def test_translation_index_is_checked(tmp_path):
+    tok = common.make_tokenizer("bytes", 0, ())
+    common.write_pairs(tmp_path, tok, ("en", "de"), {"train": [("a", "bb"), ("ccc", "")]}, "test")
+    assert sentences(tmp_path, "train") == [("a", "bb"), ("ccc", "")]
+    np.array([0, 4, 6], np.int64).tofile(tmp_path / "train.src.idx")    # other starts, same end
+    everything(tmp_path)
+    for starts in ([0, 6, 6], [0, 2, 5], [1, 2, 6]):
+        np.array(starts, np.int64).tofile(tmp_path / "train.src.idx")
+        with pytest.raises(ValueError, match="train.src.idx does not fit"):
+            everything(tmp_path)
+
+
+def test_large_vocabularies_take_four_bytes():
+    assert [common.token_type(v) for v in (65536, 65537)] == ["uint16", "uint32"]
+
+
+def crash():
+    yield TEXT
+    raise RuntimeError("the power fails")
+
+
+def test_crash_while_writing_leaves_nothing_new(tmp_path, prepared):
+    tok = common.make_tokenizer("bytes", 0, ())
+    before = {path.name: path.read_bytes() for path in prepared.iterdir()}
+    for folder in (tmp_path / "new", prepared):
+        with pytest.raises(RuntimeError):
+            common.write_text(folder, tok, {"train": {"a": ["x"]}, "val": {"a": crash()}}, "test")
+    assert not list((tmp_path / "new").iterdir())
+    assert {path.name: path.read_bytes() for path in prepared.iterdir() if path.is_file()} == before
+
+
+def test_crash_while_renaming_leaves_no_meta(prepared, monkeypatch):
+    rename, calls = os.replace, []
+    def replace(a, b):
+        calls.append(b)
+        if len(calls) == 2:
+            raise RuntimeError("the power fails")
+        rename(a, b)
+    monkeypatch.setattr(common.os, "replace", replace)
+    tok = common.make_tokenizer("bytes", 0, ())
+    with pytest.raises(RuntimeError):
+        common.write_text(prepared, tok, {"train": {"a": ["x"]}, "val": {"a": ["y"]}}, "test")
+    with pytest.raises(FileNotFoundError, match="meta.json is missing"):
+        everything(prepared)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Downloads and the command line
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local web server: /whole is five bytes, /short promises ten and sends five."""
+    monkeypatch.setenv("no_proxy", "*")
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.agent = self.headers["User-Agent"]
+            self.send_response(404 if self.path == "/none" else 200)
+            self.send_header("Content-Length", "10" if self.path == "/short" else "5")
+            self.end_headers()
+            self.wfile.write(b"hello")
+        def log_message(self, *args):
+            pass
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield httpd
+        httpd.shutdown()
+
+
+def test_download(server, tmp_path):
+    url, args = f"http://127.0.0.1:{server.server_port}", flags(tmp_path)
+    digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    path = common.fetch("a.txt", url + "/whole", args, digest)
+    assert path == os.path.join(tmp_path, "download", "a.txt") and open(path, "rb").read() == b"hello"
+    assert "Mozilla" in server.agent
+    assert common.fetch("a.txt", "http://127.0.0.1:1/gone", args, digest) == path, "fetched once"
+    for name, digest, why in (("short", None, "ended after 5 of 10 bytes"), ("whole", "0" * 64, "sha256"),
+                              ("none", None, "404")):
+        with pytest.raises(OSError, match=why) as e:
+            common.fetch("b.txt", f"{url}/{name}", args, digest)
+        message = str(e.value)
+        assert f"{url}/{name}" in message and os.path.join("download", "b.txt") in message
+        assert "--data_dir" in message and "\n" not in message
+    assert os.listdir(tmp_path / "download") == ["a.txt"]
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    url = "http://127.0.0.1:1/x"
+    with pytest.raises(OSError, match=f"cannot download {url} to .*input.txt .*--data_dir=FOLDER"):
+        common.fetch("input.txt", url, flags(tmp_path))
+    with pytest.raises(FileNotFoundError, match="input.txt is missing: --data_dir needs a folder with"):
+        common.fetch("input.txt", url, flags(tmp_path, data_dir=str(tmp_path)))
+
+
+def prepare(folder, name, *arguments):
+    command = [sys.executable, os.path.join(DATA, name, "prepare.py"), f"--out_dir={folder}/out", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("multi30k", ["--pair=en-es"], "en-es.*en-de.*fr-en"),
+    ("stdlib", ["--tokeniser=bpe"], "--tokeniser=bpe"),
+    ("grammar", ["--vocab_size=12", "--pairs=5", "--held_out=5"], "--vocab_size=12 is too small"),
+    ("grammar", ["--pairs=-5"], "--pairs=-5"),
+    ("shakespeare", ["--data_dir=nowhere"], "input.txt is missing")])
+def test_user_errors_are_one_line(tmp_path, name, arguments, message):
+    done = prepare(tmp_path, name, *arguments)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and re.search(message, done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_script_runs_from_any_folder(tmp_path):
+    done = prepare(tmp_path, "grammar", "--pairs=200", "--held_out=20", "--tokenizer=bytes")
+    assert done.returncode == 0 and done.stderr == ""
+    files = {f"{split}.{rest}" for split in ("train", "val", "test")
+             for rest in ("src.bin", "src.idx", "tgt.bin", "tgt.idx")}
+    assert set(os.listdir(tmp_path / "out")) == files | {"meta.json"}
