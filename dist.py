@@ -404,10 +404,13 @@ def save(path, state):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)                       # the rename itself must survive a power cut
         os.close(folder)
-    except (OSError, RuntimeError) as error:   # torch's zip writer reports a failed write as RuntimeError
+    except (OSError, RuntimeError) as error:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)        # a full disk needs the space back
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        cause = error                          # torch's zip writer hides a failed write behind a RuntimeError
+        while cause.__context__ and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
         raise OSError(f"cannot save {path}: {reason}. Earlier checkpoints are untouched") from None
 
 
@@ -421,7 +424,8 @@ def load(path):
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:                 # a damaged file can make its reader raise anything
-        raise ValueError(f"{path} is damaged: {str(error).split(chr(10))[0]}") from None
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged: {reason}") from None
 
 
 def checkpoints(folder):
