@@ -27,6 +27,7 @@ Decisions:
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -229,6 +230,16 @@ class Corpus:
         """[(name, start, end), ...]: token ranges of the labelled domains."""
         return [(name, d[0], d[1]) for name, d in self.meta["splits"][split]["domains"].items()]
 
+    @functools.cache
+    def pairs(self, split, T):
+        """Numbers of the sentence pairs of a split whose sides both have at most T tokens, <|endoftext|> included: a
+        longer one is left out, since a sentence cut short would teach and count as a wrong translation."""
+        p = self.splits[split]
+        fit = np.flatnonzero(np.maximum(np.diff(p.src_idx), np.diff(p.tgt_idx)) <= T)
+        if not len(fit):
+            raise ValueError(f"{self.folder}: every pair of the {split} split is longer than block_size={T} tokens")
+        return fit
+
     def bytes_per_token(self, split):
         """Original UTF-8 bytes per target token: what turns nats per token into bits per byte."""
         s = self.meta["splits"][split]
@@ -269,13 +280,15 @@ def eval_starts(corpus, split, cfg):
 
 
 def mask_tokens(x, corpus, rng, share=0.15):
-    """RoBERTa's dynamic masking: of 15 % of the tokens, 80 % become <|mask|>, 10 % a random token, 10 % stay.
-    x (B, T) -> corrupted x, y with -1 where nothing is predicted. At least one token is always predicted."""
-    u, kind = rng.random(x.shape), rng.random(x.shape)
-    u[0, 0] = 0.0
-    picked = torch.from_numpy(u < share)
-    random_token = torch.from_numpy(rng.integers(0, corpus.V - len(corpus.meta["specials"]), x.shape))
-    corrupted = torch.where(torch.from_numpy(kind < 0.8), corpus.tok.mask, torch.where(torch.from_numpy(kind < 0.9), random_token, x))
+    """RoBERTa's dynamic masking: of 15 % of the ordinary tokens, 80 % become <|mask|>, 10 % a random ordinary token,
+    10 % stay. x (B, T) -> corrupted x, y with -1 where nothing is predicted. Special tokens are never predicted."""
+    ordinary, tok = x < corpus.tok.eot, corpus.tok  # the special tokens are the last ids, <|endoftext|> first
+    u, kind = (torch.from_numpy(rng.random(x.shape)) for _ in range(2))
+    picked = ordinary & (u < share)
+    if not picked.any():  # a batch without a target has no loss: predict the token that came closest
+        picked.view(-1)[torch.where(ordinary, u, 2.0).argmin()] = bool(ordinary.any())
+    random_token = torch.from_numpy(rng.integers(0, tok.eot, x.shape))
+    corrupted = torch.where(kind < 0.8, tok.mask, torch.where(kind < 0.9, random_token, x))
     return torch.where(picked, corrupted, x), torch.where(picked, x, -1)
 
 
@@ -288,39 +301,43 @@ def text_batch(corpus, split, starts, cfg, rng):
     return dict(x=x, y=y, domain=domain)
 
 
-def pair_batch(corpus, split, which, cfg):
+def pair_batch(corpus, split, which):
     """Translation: sentence pairs `which` -> src (B, S), x (B, T) = <|bos|> + target, y (B, T) = target +
-    <|endoftext|>, padded to the longest of the batch and cut at block_size."""
-    p, tok, T = corpus.splits[split], corpus.tok, cfg.block_size
-    src = [torch.from_numpy(p.src[p.src_idx[i] : p.src_idx[i + 1]][:T].astype(np.int64)) for i in which]
-    tgt = [torch.from_numpy(p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1]][:T].astype(np.int64)) for i in which]
-    pad = lambda rows, value: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    <|endoftext|>, padded to the longest of the batch."""
+    p, tok = corpus.splits[split], corpus.tok
+    src = [torch.from_numpy(p.src[p.src_idx[i] : p.src_idx[i + 1]].astype(np.int64)) for i in which]
+    tgt = [torch.from_numpy(p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1]].astype(np.int64)) for i in which]
     x = [torch.cat([torch.tensor([tok.bos]), t[:-1]]) for t in tgt]
     return dict(src=pad(src, tok.pad), x=pad(x, tok.pad), y=pad(tgt, -1))
 
 
-def bucketed_pairs(corpus, cfg, step):
-    """The pairs of a training step: each epoch is shuffled, cut into runs of 50 batches, sorted by length inside a run
-    and dealt out as batches in random order, so that a batch holds sentences of similar length."""
-    p = corpus.splits["train"]
-    n = len(p.src_idx) - 1
-    if n < cfg.batch_size:
-        raise ValueError(f"{corpus.folder} has {n} training pairs, less than one batch of {cfg.batch_size}")
-    per_epoch = n // cfg.batch_size
-    epoch, i = divmod(step, per_epoch)
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(n)[: per_epoch * cfg.batch_size]
+def pad(rows, value):
+    """Tensors of different length -> (rows, longest), filled up with value."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+@functools.lru_cache(maxsize=1)
+def bucketed_pairs(corpus, batch_size, block_size, seed, epoch):
+    """The pairs of an epoch as (batches, batch_size) numbers: shuffled, cut into runs of 50 batches, sorted by length
+    inside a run and dealt out as batches in random order, so that a batch holds sentences of similar length."""
+    p, fit = corpus.splits["train"], corpus.pairs("train", block_size)
+    n = len(fit) // batch_size
+    if not n:
+        raise ValueError(f"{corpus.folder} has {len(fit)} training pairs, less than one batch of {batch_size}")
+    rng = np.random.default_rng([seed, epoch])
+    order = fit[rng.permutation(len(fit))[: n * batch_size]]
     length = np.diff(p.src_idx)[order] + np.diff(p.tgt_idx)[order]
-    run = np.arange(len(order)) // (50 * cfg.batch_size)
-    order = order[np.lexsort((length, run))].reshape(per_epoch, cfg.batch_size)
-    return order[rng.permutation(per_epoch)[i]]
+    run = np.arange(len(order)) // (50 * batch_size)
+    return rng.permutation(order[np.lexsort((length, run))].reshape(n, batch_size))
 
 
 def train_batch(corpus, cfg, step, n_nodes=1):
     """The global batch of a step: (batch_size, ...) tensors. A function of (seed, step) alone."""
     rng = np.random.default_rng([cfg.seed, step])
     if cfg.objective == "translation":
-        return pair_batch(corpus, "train", rng.permutation(bucketed_pairs(corpus, cfg, step)), cfg)
+        epoch, i = divmod(step, max(1, len(corpus.pairs("train", cfg.block_size)) // cfg.batch_size))
+        pairs = bucketed_pairs(corpus, cfg.batch_size, cfg.block_size, cfg.seed, epoch)[i]
+        return pair_batch(corpus, "train", rng.permutation(pairs))
     return text_batch(corpus, "train", random_starts(corpus, cfg, rng, n_nodes), cfg, rng)
 
 
@@ -336,9 +353,8 @@ def eval_batches(corpus, split, cfg):
     """Fixed held-out batches; a last partial one is filled up with rows that count for nothing (y = -1), so that every
     rank has the same number of rows."""
     if cfg.objective == "translation":
-        n = len(corpus.splits[split].src_idx) - 1
-        n = min(n, cfg.eval_batches * cfg.batch_size or n)
-        items, make = list(range(n)), lambda rows, rng: pair_batch(corpus, split, rows, cfg)
+        items = corpus.pairs(split, cfg.block_size).tolist()
+        items, make = items[: cfg.eval_batches * cfg.batch_size or None], lambda rows, rng: pair_batch(corpus, split, rows)
     else:
         items = eval_starts(corpus, split, cfg)
         make = lambda rows, rng: text_batch(corpus, split, rows, cfg, rng)
@@ -707,7 +723,7 @@ def main(argv):
         # 2. gradients: this rank's share of the global loss, summed over micro-batches and ranks
         torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
         batch = train_batch(corpus, cfg, step, mesh.n_nodes)
-        n_targets = int((batch["y"] >= 0).sum())
+        n_targets = max(1, int((batch["y"] >= 0).sum()))
         n_positions = int(batch["live"].sum()) if "live" in batch else batch["x"].numel()
         task, auxes, distilled = torch.zeros((), device=device), {}, torch.zeros(2, device=device)
         for micro in micro_batches(batch, cfg, mesh, device):

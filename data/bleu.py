@@ -4,9 +4,9 @@ default: one reference, case matters, tokenisation "13a", exponential smoothing.
 
     BLEU = 100 * min(1, exp(1 - r / c)) * (p_1 p_2 p_3 p_4)^(1/4)
 
-p_n = matched n-grams / n-grams of the translations, where an n-gram matches at most as often as the
-sentence's reference has it; c, r the lengths of all translations and references in words. Every count is a sum over
-sentences: corpora are joined by adding counts, and BLEU is not a mean over sentences.
+p_n = matched n-grams / n-grams of the translations; an n-gram matches at most as often as the
+sentence's reference has it; c, r the lengths of all translations and references in words. Every count is a sum
+over sentences: corpora are joined by adding counts, and BLEU is not a mean over sentences.
 
     python data/bleu.py REFERENCES TRANSLATIONS         # two files, line i belongs to line i
 """
