@@ -9,6 +9,7 @@ About 1.3 MB of prose and 2.5 MB of code (--code_bytes). PSF licence, (c) Python
 
     python data/stdlib/prepare.py                        # BPE of 4096 tokens; about 8 s on 2 cores
     python data/stdlib/prepare.py --tokenizer=bytes
+    python data/stdlib/prepare.py --limit=80             # the first 80 files and topics only, for a quick try
 
 Seen on CPython 3.11 (3.10 to 3.13 differ by a few per cent)
           train  prose   354 documents   1,206,556 bytes   315,723 tokens   3.82 bytes per token
