@@ -1,6 +1,7 @@
 """
 A small English-German grammar that writes sentence pairs. It is a toy, not a corpus: some 250 words of each
-language, 590 English and 1,330 German forms, in unnatural company. What it keeps from the real thing is what makes German hard:
+language, 590 English and 1,330 German forms, in unnatural company. What it keeps from the real thing is
+what makes German hard:
 
     word order    the finite verb is second in a main clause, first in a question, last after weil or dass;
                   participles, infinitives and the prefix of a separable verb close the clause
