@@ -46,6 +46,7 @@ import torch.nn.functional as F
 
 import dist
 import evomoe
+from data.bleu import corpus_bleu
 from data.common import load_meta, load_split, load_tokenizer
 from model import GPT, RoBERTa, Translator
 from router import gates
@@ -106,6 +107,9 @@ class Config:
     seed: int = 1337  # of everything
     # Evaluation, output
     eval_every: int = 100  # steps; 0: only at the end
+    bleu_sentences: int = 200  # translation: held-out sentences translated at the end of a run; 0 means all of them
+    beams: int = 4  # translation: hypotheses of the beam search; 1 is greedy
+    length_penalty: float = 0.6  # translation: 0 prefers short translations, 1 and more long ones
     eval_batches: int = 20  # batches of held-out data at each evaluation; 0 means all of it
     log_every: int = 10  # steps between lines
     save_every: int = 200  # steps between checkpoints; one is always written at the end
@@ -181,12 +185,14 @@ def configure(given, base=None):
         if given.get(name, "") not in [*allowed, ""]:
             raise ValueError(f"--{name}={given[name]} is unknown{closest(given[name], allowed)}; choose from {', '.join(filter(None, allowed))}")
     cfg = Config(**{**DEFAULTS[objective], **(base or {}), **given})
-    positive = "n_layer n_head n_embd block_size n_experts moe_every groups batch_size grad_accum max_steps learning_rate log_every".split()
+    positive = "n_layer n_head n_embd block_size n_experts moe_every groups batch_size grad_accum max_steps learning_rate log_every beams".split()
     for name in positive:
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be greater than 0")
     if not math.isfinite(cfg.learning_rate) or not 0 <= cfg.dropout < 1:
         raise ValueError(f"--learning_rate={cfg.learning_rate} must be finite and --dropout={cfg.dropout} from 0 to below 1")
+    if not 0 <= cfg.length_penalty <= 10 or cfg.bleu_sentences < 0:
+        raise ValueError(f"--length_penalty={cfg.length_penalty} must be from 0 to 10 and --bleu_sentences={cfg.bleu_sentences} at least 0")
     for name in "capacity_factor eval_capacity_factor".split():
         if name in given and not getattr(cfg, name) > 0:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be greater than 0 (leave the flag out for no limit)")
@@ -214,7 +220,7 @@ def configure(given, base=None):
 class Corpus:
     """A prepared folder of data/: meta, tokenizer and memory-mapped splits."""
 
-    def __init__(self, folder, splits=("train", "val")):
+    def __init__(self, folder, splits=("train", "val", "test")):
         self.folder, self.meta = folder, load_meta(folder)
         self.tok = load_tokenizer(folder)
         self.V = self.meta["vocab_size"]
@@ -479,15 +485,72 @@ def unigram_loss(corpus, split):
 
 
 def show_sample(model, corpus, cfg, mesh, prompt, autocast):
-    """Print something that a person can judge. Collective."""
+    """What the model makes of a prompt (None: of one of our own), as text that a person can judge. Collective.
+    ValueError, one line, for a prompt that cannot be used."""
     model.eval()
+    if cfg.objective == "translation":
+        text = translate(model, corpus, [prompt_ids(prompt, corpus, cfg, room=1) + [corpus.tok.eot]], cfg, mesh, autocast)[0]
+    else:
+        text = continue_text(model, corpus, cfg, mesh, prompt, autocast)
+    model.train()
+    return text
+
+
+def prompt_ids(text, corpus, cfg, room=0):
+    """Token ids of a prompt. ValueError if it is empty, or longer than the block less `room` tokens."""
+    ids = corpus.tok.encode(text)
+    if not text.strip():
+        raise ValueError('--sample="" is empty: give it a text')
+    if len(ids) > cfg.block_size - room:
+        raise ValueError(f"--sample has {len(ids)} tokens, the model takes {cfg.block_size - room}: shorten it")
+    return ids
+
+
+def continue_text(model, corpus, cfg, mesh, prompt, autocast):
+    """GPT: the prompt and what follows it; a prompt longer than the block is read from its end."""
     rng = torch.Generator(mesh.device).manual_seed(cfg.seed)
-    ids = corpus.tok.encode(prompt) or [corpus.tok.eot]
+    ids = corpus.tok.encode(prompt or "") or [corpus.tok.eot]
     x = torch.tensor([ids], device=mesh.device)
     with autocast:
         y = model.generate(x, cfg.sample_tokens, cfg.temperature, cfg.top_k or None, corpus.tok.eot, rng)
+    return corpus.tok.decode([t for t in y[0].tolist() if t < corpus.tok.eot])
+
+
+def translate(model, corpus, sentences, cfg, mesh, autocast):
+    """Lists of source token ids, each ended by <|endoftext|> -> their translations as text, in the same order. Batches of
+    similar length; each rank decodes its rows of a batch, and all get all. Collective."""
+    tok, texts = corpus.tok, [""] * len(sentences)
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    for i in range(0, len(order), cfg.batch_size):
+        which = order[i : i + cfg.batch_size]
+        rows = which + which[:1] * (-len(which) % mesh.world)  # as many for every rank
+        mine = slice(mesh.rank * len(rows) // mesh.world, (mesh.rank + 1) * len(rows) // mesh.world)
+        src = pad([torch.tensor(sentences[j]) for j in rows], tok.pad).to(mesh.device)
+        y = src.new_zeros(len(rows), cfg.block_size)
+        y[mine] = tok.eot
+        with autocast:
+            best, _ = model.translate(src[mine], tok.bos, tok.eot, cfg.beams, cfg.length_penalty)
+        y[mine, : best.shape[1]] = best
+        for j, ids in zip(which, mesh.all_reduce(y).tolist()):  # zero where another rank's rows are
+            texts[j] = tok.decode(ids[: (ids + [tok.eot]).index(tok.eot)])
+    return texts
+
+
+def score_translations(model, corpus, split, n, cfg, mesh, autocast):
+    """Translate n sentences of a split (0: all), evenly spread. -> {"bleu": 0 to 100, "exact": share of translations that
+    equal the reference, "sentences"}, and some of them as text. Collective."""
+    p, fit = corpus.splits[split], corpus.pairs(split, cfg.block_size)
+    which = [fit[i * len(fit) // n] for i in range(n)] if 0 < n < len(fit) else fit
+    sources, targets = ([side[idx[i] : idx[i + 1]].tolist() for i in which] for side, idx in (p[:2], p[2:]))
+    model.eval()
+    texts = translate(model, corpus, sources, cfg, mesh, autocast)
     model.train()
-    return corpus.tok.decode([t for t in y[0].tolist() if t not in corpus.meta["specials"].values()])
+    references = [corpus.tok.decode(t[:-1]) for t in targets]
+    right = [r == t for r, t in zip(references, texts)]
+    shown = [f"    {corpus.tok.decode(sources[i][:-1])}\n{'  = ' if right[i] else '    '}{references[i]}" + f"\n -> {texts[i]}" * (not right[i])
+             for i in range(0, len(texts), -(-len(texts) // 6))]  # fmt: skip
+    scores = {"bleu": corpus_bleu(texts, references), "exact": sum(right) / len(texts), "sentences": len(texts)}
+    return scores, "source, reference (= the translation too), -> translation\n\n" + "\n\n".join(shown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -662,10 +725,15 @@ def main(argv):
     if given.get("sample") is not None:
         say(show_sample(model, corpus, cfg, mesh, cfg.sample, autocast))
         return mesh.close()
+    if cfg.objective == "translation":
+        sizes = {split: (pairs["pairs"], len(corpus.pairs(split, cfg.block_size))) for split, pairs in corpus.meta["splits"].items()}
+        if long := [f"{n - fit:,d} of {n:,d} {split} pairs" for split, (n, fit) in sizes.items() if fit < n]:
+            say(f"left out, longer than block_size={cfg.block_size} tokens: {', '.join(long)}")
     if cfg.eval_only:
-        for split in [s for s in ("val", "test") if s in corpus.meta["splits"]]:
-            corpus.splits.setdefault(split, load_split(corpus.folder, corpus.meta, split))
+        for split in [s for s in ("val", "test") if s in corpus.splits]:
             result = evaluate(model, corpus, split, dataclasses.replace(cfg, eval_batches=given.get("eval_batches", 0)), mesh, autocast)
+            if cfg.objective == "translation":
+                result |= score_translations(model, corpus, split, given.get("bleu_sentences", 0), cfg, mesh, autocast)[0]
             say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
         return mesh.close()
     if dense and cfg.n_experts > 1:
@@ -789,7 +857,13 @@ def main(argv):
             return mesh.close()
 
     say(f"\ntrained in {clock(time.time() - started)}; a sample:\n" + "-" * 80)
-    say(show_sample(model, corpus, cfg, mesh, "", autocast))
+    if cfg.objective == "translation":
+        test = "test" if "test" in corpus.splits else "val"
+        scores, text = score_translations(model, corpus, test, cfg.bleu_sentences, cfg, mesh, autocast)
+        log({"step": cfg.max_steps} | {f"{test}_{name}": value for name, value in scores.items()})
+        say(text + f"\n\n{test}: BLEU {scores['bleu']:.2f}, {scores['exact']:.1%} exactly as the reference ({scores['sentences']} sentences, beam of {cfg.beams})")
+    else:
+        say(show_sample(model, corpus, cfg, mesh, None, autocast))
     say("-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\", --gate=hash, --n_experts=1 "
         "(the dense model), --max_steps=3000, each with its own --out_dir")  # fmt: skip
     mesh.close()
