@@ -5,8 +5,8 @@ EvoMoE's curriculum: train one expert, spawn many from it, then let the gate lea
 
     phase       experts  what happens                                                       (Nie et al. 2021, 2112.14397)
     diversify   1        each MoE layer is one FFN: exactly the dense model
-    anneal      E        experts spawned from it, gate dense; temperature and noise fall, the gate lets go of experts
-    soft        E        temperature and noise stay low: as many experts as a token asks for
+    anneal      E        experts spawned from it, the gate is dense; temperature and noise fall
+    tighten     E        the bar that a gate value must clear rises: each token keeps as many experts as clear it
     hard        E        the k best only
 
 Everything is a pure function of (step, cfg): `phases` is the table, `now` reads it, set_phase tells the gates. Any other
@@ -47,7 +47,8 @@ class Phase(NamedTuple):
     start: int  # first step
     end: int  # first step of the next phase
     experts: int
-    tau: tuple = (1.0, 1.0)  # temperature at start and end, linear between
+    tau: tuple = (1.0, 1.0)  # temperature at start and end, linear between; the noise falls with it, from 1 to 0
+    tight: tuple = (0.0, 0.0)  # how far the gate's bar has risen: from 0, its threshold, to 1
 
 
 def phases(cfg):
@@ -58,8 +59,8 @@ def phases(cfg):
     if cfg.gate == "dts":
         table += [
             Phase("anneal", S, D, cfg.n_experts, (cfg.tau_max, cfg.tau_min)),
-            Phase("soft", max(S, D), H, cfg.n_experts, (cfg.tau_min, cfg.tau_min)),
-            Phase("hard", max(S, D, H), cfg.max_steps, cfg.n_experts, (cfg.tau_min, cfg.tau_min)),
+            Phase("tighten", D, H, cfg.n_experts, (cfg.tau_min, cfg.tau_min), (0.0, 1.0)),
+            Phase("hard", H, cfg.max_steps, cfg.n_experts, (cfg.tau_min, cfg.tau_min), (1.0, 1.0)),
         ]
     else:
         table += [Phase("mixture", S, cfg.max_steps, cfg.n_experts)]
@@ -67,12 +68,13 @@ def phases(cfg):
 
 
 def now(step, cfg):
-    """What holds at a step: {"phase", "experts", "tau", "noise" (scale, 1 to 0), "hard"}."""
+    """What holds at a step: {"phase", "experts", "tau", "noise", "tight", "hard"}."""
     table = phases(cfg)
     p = next((p for p in table if step < p.end), table[-1])
-    tau = p.tau[0] + (p.tau[1] - p.tau[0]) * min(1.0, (step - p.start) / (p.end - p.start))
+    t = min(1.0, (step - p.start) / (p.end - p.start))
+    tau, tight = (a + (b - a) * t for a, b in (p.tau, p.tight))
     noise = (tau - cfg.tau_min) / (cfg.tau_max - cfg.tau_min) if cfg.tau_max > cfg.tau_min else 0.0
-    return {"phase": p.name, "experts": p.experts, "tau": tau, "noise": noise, "hard": p.name == "hard"}
+    return {"phase": p.name, "experts": p.experts, "tau": tau, "noise": noise, "tight": tight, "hard": p.name == "hard"}
 
 
 def check(cfg):
@@ -114,7 +116,7 @@ def set_phase(model, step, cfg):
     state = now(step, cfg)
     for gate in model.gates():
         if isinstance(gate, DTS):
-            gate.set(state["tau"], state["noise"], state["hard"])
+            gate.set(state["tau"], state["noise"], state["tight"], state["hard"])
         gate.set_step(max(0, step - spawn_step(cfg)))
 
 

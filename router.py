@@ -402,37 +402,44 @@ class DTS(Gate):
     """EvoMoE's dense-to-sparse gate (Nie et al. 2021, arXiv:2112.14397): starts dense, ends sparse, and on the way each
     token has as many experts as its own scores ask for.
 
-        y = softmax((x W + s g) / tau),  g ~ Gumbel(0, 1)         no noise at evaluation
-        m = the k largest of y, and all others above the threshold      soft
-        m = the k largest of y                                          hard
+        y = softmax((x W + s g) / tau),  g ~ Gumbel(0, 1)      no noise at evaluation
+        m = y > bar, and always the k largest;  in the hard phase only these
         G = m * y   (weights=gumbel)   or   m * softmax(x W)   (weights=softmax)
 
-    tau, the noise scale s and hard are 0-dim buffers that the curriculum (evomoe.py) fills: tau falls, and s with it.
-    With s = 1 throughout (noise=constant, the paper's) the choice stays a sample of softmax(x W) at any tau, so
-    training and evaluation differ for good. G is not renormalised: with k = 1 that would leave the router without a
-    gradient. The softmax weights make the layer's output shrink at the hard switch, from 1 to the largest probability.
+    tau, s, bar and hard are 0-dim buffers that the curriculum (evomoe.py) fills: tau falls, the noise scale s with it,
+    then the bar rises from `threshold` to `tighten`; the paper has s = 1 (noise=constant) and bar = 0.001
+    (tighten=0.001) throughout. evomoe.py says what was measured. In short: with s = 1 the choice stays a sample of
+    softmax(x W) at any tau, so training and evaluation differ for good; above a bar of 0.5 only one can be, so nothing
+    jumps at the hard switch; softmax weights shrink the layer's output there. G is not renormalised: with k = 1 that
+    would leave the router without a gradient.
 
     A dropped expert gets no gradient, but comes back when its score does: the others' softmax share it. The balance
     loss is that of y and m, divided by the mean number of experts, and has no gradient while all experts are on.
     """
 
-    def __init__(self, D, E, k=1, threshold=0.001, weights="gumbel", noise="annealed", balance=0.01):
+    def __init__(self, D, E, k=1, threshold=0.001, tighten=0.5, weights="gumbel", noise="annealed", balance=0.01):
         super().__init__(D, E, k)
         for name, value, known in ("weights", weights, ("gumbel", "softmax")), ("noise", noise, ("annealed", "constant")):
             if value not in known:
                 raise ValueError(f"dts: {name}={value!r} is unknown; there are: {', '.join(known)}")
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
-        self.least, self.threshold, self.gumbel, self.anneal = k, threshold, weights == "gumbel", noise == "annealed"
-        self.register_buffer("tau", torch.tensor(2.0))
-        self.register_buffer("noise", torch.tensor(1.0))
+        if not 0 < threshold <= tighten <= 1:
+            raise ValueError(f"dts: threshold={threshold} must be above 0 and at most tighten={tighten}, that at most 1")
+        self.least, self.bars, self.gumbel, self.anneal = k, (threshold, tighten), weights == "gumbel", noise == "annealed"
+        self.register_buffer("tau", torch.tensor(0.0))
+        self.register_buffer("noise", torch.tensor(0.0))
+        self.register_buffer("bar", torch.tensor(0.0))
         self.register_buffer("hard", torch.tensor(False))
         self.weights = {"balance": balance}
-        self.set(2.0, 1.0, False)
+        self.set(2.0)
 
-    def set(self, tau, noise, hard):
-        """Temperature, noise scale (0 to 1) and mode of the next call."""
+    def set(self, tau, noise=1.0, tight=0.0, hard=False):
+        """What holds from the next call on: the temperature, the scale of annealed noise (1 to 0), how far the bar has
+        risen (0 to 1, geometrically) and whether only the k largest count."""
+        low, high = self.bars
         self.tau.fill_(tau)
         self.noise.fill_(noise if self.anneal else 1.0)
+        self.bar.fill_(low * (high / low) ** tight)
         self.hard.fill_(hard)
         self.k = self.least if hard else self.E  # capacity is for the hard mode: a dense gate asks every expert
 
@@ -442,6 +449,6 @@ class DTS(Gate):
         noise = self.noise * batch.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
         y = ((z + noise) / self.tau).softmax(1)
         top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.least, dim=1).indices, True)
-        m = top | ((y > self.threshold) & ~self.hard)
+        m = top | ((y > self.bar) & ~self.hard)
         G = (y if self.gumbel else z.softmax(1)) * m
         return Routing(G, {"balance": balance_loss(y, m, batch)})

@@ -86,8 +86,8 @@ class Config:
     spawn_ratio: float = 0.3  # share of masked weights; relative size of the noise; share of neurons common to all experts
     tau_max: float = 2.0  # dts: temperature at the spawn; 2 keeps all experts on
     tau_min: float = 0.3  # dts: final temperature; lower means fewer experts and a smoother hard switch
-    tau_until: float = 0.4  # dts: the temperature falls until this share of the run
-    hard_at: float = 0.6  # dts: from this share on only the k best experts; 1 means never
+    tau_until: float = 0.25  # dts: the temperature falls until this share of the run; all experts are on: the dear part
+    hard_at: float = 0.4  # dts: then the bar rises until this share, and from there only the k best experts count
     distill: float = 0.0  # weight of the distillation from a dense teacher, 1 to 5; 0 means none
     teacher: str = ""  # out_dir of the teacher's run; "" means the one in init_from
     # Optimisation
@@ -400,11 +400,12 @@ def make_optimizer(model, cfg):
 
 def sample_losses(model, corpus, cfg, device, n=256):
     """The mean loss of each of n training sequences, one graph at a time: what evomoe.importance wants."""
-    for i in range(n):
-        batch = train_batch(corpus, cfg, i // cfg.batch_size)
-        nll = forward(model, {name: t[i % cfg.batch_size, None].to(device) for name, t in batch.items()})[0]
-        if nll.numel():  # a short sequence may have no masked token
-            yield nll.mean()
+    for step in range(math.ceil(n / cfg.batch_size)):
+        batch = train_batch(corpus, cfg, step)
+        for i in range(min(n - step * cfg.batch_size, cfg.batch_size)):
+            nll = forward(model, {name: t[i : i + 1].to(device) for name, t in batch.items()})[0]
+            if nll.numel():  # a short sequence may have no masked token
+                yield nll.mean()
 
 
 def learning_rate(step, cfg):
