@@ -480,8 +480,9 @@ def evaluate(model, corpus, split, cfg, mesh, autocast):
 
 def unigram_loss(corpus, split):
     """Nats per token of a model that knows only how frequent tokens are: what any model must beat."""
-    p = (corpus.counts() + 1.0) / (corpus.counts() + 1.0).sum()
-    held = corpus.splits[split] if corpus.meta["kind"] == "text" else corpus.splits[split].tgt
+    train, held = (corpus.splits[s] if corpus.meta["kind"] == "text" else corpus.splits[s].tgt for s in ("train", split))
+    p = np.bincount(train, minlength=corpus.V) + 1.0
+    p /= p.sum()
     return float(-np.log(p)[np.asarray(held)].mean())
 
 
@@ -490,21 +491,23 @@ def show_sample(model, corpus, cfg, mesh, prompt, autocast):
     ValueError, one line, for a prompt that cannot be used."""
     model.eval()
     if cfg.objective == "translation":
-        text = translate(model, corpus, [prompt_ids(prompt, corpus, cfg, room=1) + [corpus.tok.eot]], cfg, mesh, autocast)[0]
+        ids = corpus.tok.encode(prompt.strip())
+        check_prompt(prompt, ids, cfg.block_size - 1)
+        text = translate(model, corpus, [ids + [corpus.tok.eot]], cfg, mesh, autocast)[0]
+    elif cfg.objective == "roberta":
+        text = fill_prompt(model, corpus, cfg, mesh, prompt, autocast) if prompt is not None else fill_held_out(model, corpus, cfg, mesh, autocast)
     else:
         text = continue_text(model, corpus, cfg, mesh, prompt, autocast)
     model.train()
     return text
 
 
-def prompt_ids(text, corpus, cfg, room=0):
-    """Token ids of a prompt. ValueError if it is empty, or longer than the block less `room` tokens."""
-    ids = corpus.tok.encode(text)
-    if not text.strip():
+def check_prompt(prompt, ids, most):
+    """ValueError for a prompt that is empty or has more than `most` tokens."""
+    if not prompt.strip():
         raise ValueError('--sample="" is empty: give it a text')
-    if len(ids) > cfg.block_size - room:
-        raise ValueError(f"--sample has {len(ids)} tokens, the model takes {cfg.block_size - room}: shorten it")
-    return ids
+    if len(ids) > most:
+        raise ValueError(f"--sample has {len(ids)} tokens, the model takes {most}: shorten it")
 
 
 def continue_text(model, corpus, cfg, mesh, prompt, autocast):
@@ -515,6 +518,46 @@ def continue_text(model, corpus, cfg, mesh, prompt, autocast):
     with autocast:
         y = model.generate(x, cfg.sample_tokens, cfg.temperature, cfg.top_k or None, corpus.tok.eot, rng)
     return corpus.tok.decode([t for t in y[0].tolist() if t < corpus.tok.eot])
+
+
+def fill_masks(model, corpus, ids, mesh, autocast, truth=None):
+    """RoBERTa: token ids -> the text with [1], [2], ... where the masks are, and the five likeliest tokens for each.
+    truth: the ids without masks, if they are known."""
+    x = torch.tensor([ids], device=mesh.device)
+    with autocast:
+        logits = model(x, pick=x == corpus.tok.mask)[0].float()  # (masks, V)
+    p, guess = (t.tolist() for t in logits.softmax(1).topk(5))
+    holes = [i for i, token in enumerate(ids) if token == corpus.tok.mask]
+    text = "".join(f"{corpus.tok.decode(ids[a + 1 : b])} [{n}]" for n, (a, b) in enumerate(zip([-1, *holes], holes), 1))
+    text += corpus.tok.decode(ids[holes[-1] + 1 :]) + "\n"
+    for n, (i, share, tokens) in enumerate(zip(holes, p, guess), 1):
+        text += f"\n[{n}]".ljust(6) + (f"{'= ' if tokens[0] == truth[i] else '  '}{corpus.tok.decode([truth[i]])!r:16} " if truth else "")
+        text += "  ".join(f"{corpus.tok.decode([token])!r} {100 * q:.0f} %" for token, q in zip(tokens, share))
+    return text
+
+
+def fill_prompt(model, corpus, cfg, mesh, prompt, autocast):
+    """A prompt with one or more <mask>; a mask takes the place of a word with the space before it, as tokens do."""
+    pieces = re.split(r" ?<mask>", prompt)
+    ids = [token for piece in pieces for token in [corpus.tok.mask, *corpus.tok.encode(piece)]][1:]
+    check_prompt(prompt, ids, cfg.block_size)
+    if len(pieces) == 1:
+        raise ValueError("--sample has nothing to fill: write <mask> where a word is missing")
+    return fill_masks(model, corpus, ids, mesh, autocast)
+
+
+def fill_held_out(model, corpus, cfg, mesh, autocast):
+    """A held-out passage of each domain with a tenth of its words masked, the masked words, and the guesses."""
+    rng, texts = np.random.default_rng(cfg.seed), []
+    split = "val" if "val" in corpus.splits else "test"
+    for name, start, end in corpus.domains(split):
+        start = (start + end) // 2
+        truth = corpus.splits[split][start : min(start + cfg.block_size, end)].tolist()
+        words = [i for i, token in enumerate(truth) if re.fullmatch(" [A-Za-z]{2,}", corpus.tok.decode([token]))]
+        hidden = rng.permutation(words or range(len(truth)))[: 1 + len(words) // 10].tolist()
+        ids = [corpus.tok.mask if i in hidden else token for i, token in enumerate(truth)]
+        texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n" + fill_masks(model, corpus, ids, mesh, autocast, truth))
+    return "\n\n".join(texts)
 
 
 def translate(model, corpus, sentences, cfg, mesh, autocast):
