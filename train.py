@@ -185,12 +185,23 @@ def configure(given, base=None):
         if given.get(name, "") not in [*allowed, ""]:
             raise ValueError(f"--{name}={given[name]} is unknown{closest(given[name], allowed)}; choose from {', '.join(filter(None, allowed))}")
     cfg = Config(**{**DEFAULTS[objective], **(base or {}), **given})
-    positive = "n_layer n_head n_embd block_size n_experts moe_every groups batch_size grad_accum max_steps learning_rate log_every beams".split()
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{field.name}={value} must be a finite number")
+    positive = ("n_layer n_head n_embd block_size n_experts moe_every groups batch_size grad_accum max_steps learning_rate log_every beams "
+                "timeout").split()  # fmt: skip
     for name in positive:
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be greater than 0")
-    if not math.isfinite(cfg.learning_rate) or not 0 <= cfg.dropout < 1:
-        raise ValueError(f"--learning_rate={cfg.learning_rate} must be finite and --dropout={cfg.dropout} from 0 to below 1")
+    not_negative = ("n_hidden expert_hidden k warmup weight_decay grad_clip score_weight distill seed eval_every eval_batches save_every "
+                    "sample_tokens temperature top_k ep ranks_per_node").split()  # fmt: skip
+    for name in not_negative:
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name}={getattr(cfg, name)} must not be negative")
+    for name in "dropout label_smoothing beta1 beta2 min_lr".split():
+        if not 0 <= getattr(cfg, name) < 1 and (name, cfg.min_lr) != ("min_lr", 1):
+            raise ValueError(f"--{name}={getattr(cfg, name)} must be from 0 to below 1")
     if not 0 <= cfg.length_penalty <= 10 or cfg.bleu_sentences < 0:
         raise ValueError(f"--length_penalty={cfg.length_penalty} must be from 0 to 10 and --bleu_sentences={cfg.bleu_sentences} at least 0")
     for name in "capacity_factor eval_capacity_factor".split():
@@ -651,10 +662,19 @@ def on_main(mesh, action):
     return value
 
 
-def save_checkpoint(model, optimizer, cfg, step, mesh):
-    """out_dir/ckpt_STEP.pt, experts whole, written atomically; the last two are kept."""
+def diverged(what, step, saved):
+    """The error that ends a run whose numbers are no longer finite; saved: step of its newest checkpoint, or None."""
+    last = f"the last good checkpoint is step {saved} (--init_from=resume)" if saved is not None else "there is no checkpoint yet"
+    return ValueError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
+
+
+def save_checkpoint(model, optimizer, cfg, step, mesh, saved=None):
+    """out_dir/ckpt_STEP.pt, experts whole, written atomically; the last two are kept. Weights that are not finite are
+    not saved: ValueError names the checkpoint before (step `saved`)."""
     state = dist.full_state(model, optimizer, mesh)
-    state |= {"step": step, "config": dataclasses.asdict(cfg)}
+    if not all(t.isfinite().all() for t in state["model"].values()):  # the same on every rank
+        raise diverged("the weights are", step, saved)
+    state |= {"step": step, "config": dataclasses.asdict(cfg), "launch": os.getppid()}
 
     def write():
         dist.save(os.path.join(cfg.out_dir, f"ckpt_{step:06d}.pt"), state)
@@ -677,9 +697,18 @@ def load_checkpoint(given, mesh):
     if path is None:
         raise ValueError(f"no checkpoint (ckpt_*.pt) in {out_dir}: train first, or name another --out_dir")
     state = dist.load(path)
+    if not isinstance(state, dict) or not {"model", "optimizer", "step", "config"} <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py")
     fixed = "objective dataset n_layer n_head n_embd n_hidden block_size bias n_experts moe_every gate k gate_args expert_hidden".split()
-    check_flags(given, {name: state["config"][name] for name in fixed}, path)
+    check_flags(given, {name: state["config"][name] for name in fixed if name in state["config"]}, path)
     return path, state
+
+
+def began_here(out_dir):
+    """When a worker dies torchrun starts all of them again, with the flags of the first start. True if this is such a
+    restart and the checkpoints in out_dir are those of this launch, not of a run before it: then it is resumed."""
+    path = dist.latest(out_dir) if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
+    return path is not None and dist.load(path).get("launch") == os.getppid()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -704,7 +733,17 @@ def prepare(cfg, mesh):
     kind = "translation" if cfg.objective == "translation" else "text"
     if corpus.meta["kind"] != kind:
         raise ValueError(f"--dataset={cfg.dataset} is a corpus of kind {corpus.meta['kind']}; --objective={cfg.objective} needs {kind}")
+    if "train" not in corpus.splits or len(corpus.splits) < 2:
+        raise ValueError(f"--dataset={cfg.dataset} has the splits {', '.join(corpus.splits)}; it needs train, and val or test")
     return corpus
+
+
+def check_device(name):
+    """ValueError for a device that is not there."""
+    if not re.fullmatch(r"(cpu|cuda|cuda:\d+)?", name):
+        raise ValueError(f"--device={name} is unknown; choose from cpu, cuda, cuda:0, cuda:1, ...")
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device={name}: there are {torch.cuda.device_count()} usable GPUs here; --device=cpu always works")
 
 
 def check_causality(model, cfg, say):
@@ -721,18 +760,22 @@ def check_causality(model, cfg, say):
 
 def main(argv):
     given = parse(argv)
-    if cuda_wanted := given.get("device", "").startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device={given['device']}: there is no usable GPU here; use --device=cpu")
+    check_device(given.get("device", ""))
     resume = given.get("init_from") == "resume" or given.get("eval_only") or given.get("sample") is not None
     cfg = configure(given)  # the first errors come before anything is started
-    mesh = dist.init(cfg.n_experts, cfg.ep, cfg.ranks_per_node, cfg.timeout, cfg.device or None, cfg.two_level)
+    sizes = (1, 0) if resume else (cfg.n_experts, cfg.ep)  # a checkpoint says later how many experts there are
+    mesh = dist.init(*sizes, cfg.ranks_per_node, cfg.timeout, cfg.device or None, cfg.two_level)
     say = print if mesh.main else lambda *a, **k: None
     state, first = None, 0
+    if not resume and on_main(mesh, lambda: began_here(cfg.out_dir)):
+        given["init_from"], resume = "resume", True
     if resume:
         path, state = load_checkpoint(given, mesh)
-        keep = {name: v for name, v in state["config"].items() if name not in ("init_from", "eval_only", "sample", "device", "ep")}
-        cfg, first = configure(given, keep), state["step"]
+        now = "init_from eval_only sample device ep ranks_per_node two_level timeout".split()  # not of the run, of this start
+        known = {f.name for f in dataclasses.fields(Config)} - set(now)
+        cfg, first = configure(given, {name: v for name, v in state["config"].items() if name in known}), state["step"]
+        if mesh.world > 1:
+            mesh = dist.make_mesh(mesh.rank, mesh.world, cfg.n_experts, cfg.ep, mesh.local, mesh.device, cfg.two_level, cfg.timeout)
         say(f"loaded {path} (step {first})")
     elif evomoe.starts_trained(cfg):
         fields, start = evomoe.trained(cfg.init_from)
@@ -804,8 +847,11 @@ def main(argv):
 
     def log(entry):
         if mesh.main:
-            with open(log_path, "a") as f:
-                f.write(json.dumps(entry) + "\n")
+            try:
+                with open(log_path, "a") as f:
+                    f.write(json.dumps(entry) + "\n")
+            except OSError as e:
+                raise OSError(f"cannot write {log_path}: {e.strerror}. Checkpoints are untouched") from None
 
     stop = []  # Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second one at once
     if hasattr(signal, "SIGTERM"):
@@ -860,8 +906,7 @@ def main(argv):
         norm = mesh.clip_grad_norm(model, cfg.grad_clip)
         # 3. update
         if not torch.isfinite(norm):  # the same number on every rank, so all of them stop
-            last = f"the last good checkpoint is step {saved} (--init_from=resume)" if saved is not None else "there is no checkpoint yet"
-            raise ValueError(f"the loss or its gradient is not finite at step {step}; {last}; try a lower --learning_rate")
+            raise diverged("the loss or its gradient is", step + 1, saved)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for gate in model.gates():
@@ -888,13 +933,13 @@ def main(argv):
             log({"step": done, "loss": loss, "lr": lr, "norm": float(norm), **extra, **stats, **phase, "flops_per_token": flops, "tokens_per_s": speed, "seconds": now - started})
             tick, tokens = time.time(), 0
         last, stopping = done == cfg.max_steps, mesh.any(bool(stop))
-        if last or stopping or (cfg.eval_every and done % cfg.eval_every == 0):
+        if last or (cfg.eval_every and done % cfg.eval_every == 0):
             result = evaluate(model, corpus, val, cfg if not last else dataclasses.replace(cfg, eval_batches=0), mesh, autocast)
             say(f"step {done:5d} | {val} " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
             log({"step": done, "seconds": time.time() - started} | {f"val_{name}": value for name, value in result.items()})
             tick, tokens = time.time(), 0
         if last or stopping or (cfg.save_every and done % cfg.save_every == 0):
-            save_checkpoint(model, optimizer, cfg, done, mesh)
+            save_checkpoint(model, optimizer, cfg, done, mesh, saved)
             saved = done
         if stopping:
             say(f"stopped after step {done}; continue with --init_from=resume --out_dir={cfg.out_dir}")
@@ -923,3 +968,5 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted before the first step, nothing to save")
