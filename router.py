@@ -407,10 +407,11 @@ def balanced_assignment(scores, eps=0.05, rounds=128):
        The N % E additional seats go to the dearest experts.
     2. Auction (Bertsekas) from these prices. A token without a seat offers its best expert all that it gains over its
        second best, plus eps; a full expert keeps the highest bids and its price is the lowest of them.
-    The auction ends when at most N / 256 tokens are left (none for N < 256), or after `rounds`; whoever is left takes
-    the free seats in order, so the sizes hold always: with ties, equal rows, scores that are not finite (taken as the
-    lowest finite one). When nobody is left the sum is within 2 N eps sigma of the optimum: eps from the auction, eps
-    from the ripple below. One wait for the device per round, of 3 to 5 rounds usually."""
+    When at most N (r + 8) / 4096 tokens are left after r rounds, full experts close and the rest take the best of what
+    is free; after `rounds` they take what is free in order. So the sizes hold always: with ties, equal rows, scores
+    that are not finite (taken as the lowest finite one). If nobody is left to the closing (always seen for N < 256)
+    the sum is within 2 N eps sigma of the optimum: eps from the auction, eps from the ripple below. Measured: 0.01
+    N sigma or less. One wait for the device per round; 5 to 10 rounds, up to 80 when tokens repeat."""
     N, E = scores.shape
     if E == 1:
         return torch.zeros(N, dtype=torch.long, device=scores.device)
@@ -419,7 +420,7 @@ def balanced_assignment(scores, eps=0.05, rounds=128):
     s = torch.where(finite, s, torch.where(finite, s, torch.inf).amin()).nan_to_num(0, 0, 0)
     s = s / s.abs().amax().clamp(min=1e-30)
     s = s - s.mean(1, keepdim=True)
-    sigma = (s - s.mean(0)).std(unbiased=False).clamp(min=1e-6)
+    sigma = (s - s.mean(0)).std(unbiased=False).clamp(min=1e-5)
     tokens = torch.arange(N, device=s.device)
     ripple = (tokens[:, None] * 0.6180340 + experts[:E] * 0.7548777) % 1  # evenly spread in [0, 1): breaks ties evenly
     s, price = s / sigma + eps * ripple, s.mean(0) / sigma
@@ -430,21 +431,23 @@ def balanced_assignment(scores, eps=0.05, rounds=128):
     seats = torch.full((E + 1,), N // E, device=s.device)  # row E: "no seat yet"
     seats[price.topk(N % E).indices] += 1
     seats[E] = 0
-    price = price.masked_fill(seats[:E] == 0, torch.inf)
+    price = price.masked_fill(seats[:E] == 0, torch.inf)  # fewer tokens than experts
     owner, bid = torch.full_like(tokens, E), s.new_zeros(N)
-    for _ in range(rounds):
+    full, closing = seats[:E] == 0, False
+    for r in range(rounds):
         rows = (owner == E).nonzero()[:, 0]
-        if len(rows) <= N // 256:
+        if len(rows) == 0:
             break
-        top, best = (s[rows] - price).topk(2, dim=1)
+        closing = closing or len(rows) <= N * (r + 8) // 4096
+        top, best = (s[rows] - (price.masked_fill(full, torch.inf) if closing else price)).topk(2, dim=1)
         owner[rows] = best[:, 0]
         bid[rows] = price[best[:, 0]] + (top[:, 0] - top[:, 1]).clamp(max=1e3) + eps
         order = (owner * 1e6 - bid.double()).argsort()  # by expert, highest bid first
         at = owner[order]
         start = torch.searchsorted(at, experts)
         last = (start + seats - 1).clamp(0, N - 1)[:E]
-        full = (start.diff() >= seats[:E]) & (seats[:E] > 0)
-        price = torch.where(full, torch.maximum(price, bid[order[last]]), price)
+        full = start.diff() >= seats[:E]
+        price = torch.where(full & (seats[:E] > 0), torch.maximum(price, bid[order[last]]), price)
         owner[order] = torch.where(tokens - start[at] < seats[at], at, E)
 
     free = owner == E
