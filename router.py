@@ -452,3 +452,371 @@ class DTS(Gate):
         m = top | ((y > self.bar) & ~self.hard)
         G = (y if self.gumbel else z.softmax(1)) * m
         return Routing(G, {"balance": balance_loss(y, m, batch)})
+
+# Learned gates beyond top-k: balanced assignment, a distilled router, binary codes, trees, permutations
+
+
+def balanced_assignment(scores, eps=0.05, rounds=128):
+    """(N, E) scores -> (N,) expert numbers with a near-maximal sum of scores, N // E or N // E + 1 tokens per expert.
+
+    Two steps, both in units of sigma, the standard deviation of the scores once row and column means are taken away
+    (those do not change the best assignment):
+    1. Prices. A dozen Sinkhorn passes at falling temperature find what each expert must cost for the demand to be
+       even (the dual of the assignment problem): the argmax of score - price leaves about 1 % of the tokens in excess.
+       The N % E additional seats go to the dearest experts.
+    2. Auction (Bertsekas) from these prices. A token without a seat offers its best expert all that it gains over its
+       second best, plus eps; a full expert keeps the highest bids and its price is the lowest of them.
+    When at most N (r + 8) / 4096 tokens are left after r rounds, full experts close and the rest take the best of what
+    is free; after `rounds` they take what is free in order. So the sizes hold always: with ties, equal rows, scores
+    that are not finite (taken as the lowest finite one). If nobody is left to the closing (always seen for N < 256)
+    the sum is within 2 N eps sigma of the optimum: eps from the auction, eps from the ripple below. Measured: 0.01
+    N sigma or less. One wait for the device per round; 5 to 10 rounds, up to 80 when tokens repeat."""
+    N, E = scores.shape
+    if E == 1:
+        return torch.zeros(N, dtype=torch.long, device=scores.device)
+    s, experts = full_precision(scores.detach()), torch.arange(E + 1, device=scores.device)
+    finite = s.isfinite()
+    s = torch.where(finite, s, torch.where(finite, s, torch.inf).amin()).nan_to_num(0, 0, 0)
+    s = s / s.abs().amax().clamp(min=1e-30)
+    s = s - s.mean(1, keepdim=True)
+    sigma = (s - s.mean(0)).std(unbiased=False).clamp(min=1e-5)
+    tokens = torch.arange(N, device=s.device)
+    ripple = (tokens[:, None] * 0.6180340 + experts[:E] * 0.7548777) % 1  # evenly spread in [0, 1): breaks ties evenly
+    s, price = s / sigma + eps * ripple, s.mean(0) / sigma
+    for i in range(12):
+        t = 0.03 ** (i / 11)  # 1 -> 0.03
+        price = price + t * (((s - price) / t).softmax(1).mean(0) * E).clamp(min=1e-3).log()
+
+    seats = torch.full((E + 1,), N // E, device=s.device)  # row E: "no seat yet"
+    seats[price.topk(N % E).indices] += 1
+    seats[E] = 0
+    price = price.masked_fill(seats[:E] == 0, torch.inf)  # fewer tokens than experts
+    owner, bid = torch.full_like(tokens, E), s.new_zeros(N)
+    full, closing = seats[:E] == 0, False
+    for r in range(rounds):
+        rows = (owner == E).nonzero()[:, 0]
+        if len(rows) == 0:
+            break
+        closing = closing or len(rows) <= N * (r + 8) // 4096
+        top, best = (s[rows] - (price.masked_fill(full, torch.inf) if closing else price)).topk(2, dim=1)
+        owner[rows] = best[:, 0]
+        bid[rows] = price[best[:, 0]] + (top[:, 0] - top[:, 1]).clamp(max=1e3) + eps
+        order = (owner * 1e6 - bid.double()).argsort()  # by expert, highest bid first
+        at = owner[order]
+        start = torch.searchsorted(at, experts)
+        last = (start + seats - 1).clamp(0, N - 1)[:E]
+        full = start.diff() >= seats[:E]
+        price = torch.where(full & (seats[:E] > 0), torch.maximum(price, bid[order[last]]), price)
+        owner[order] = torch.where(tokens - start[at] < seats[at], at, E)
+
+    free = owner == E
+    left = seats[:E] - torch.zeros_like(seats).scatter_add(0, owner, torch.ones_like(owner))[:E]
+    return torch.where(free, torch.searchsorted(left.cumsum(0), free.cumsum(0) - 1, right=True).clamp(max=E - 1), owner)
+
+
+def orthogonal(E, D):
+    """(E, D) orthogonal rows of length 0.1 (columns where E > D): the centroids of BASE and StableMoE."""
+    return nn.init.orthogonal_(torch.empty(E, D), gain=0.1)
+
+
+class BASE(Gate):
+    """BASE layers (arXiv:2103.16716, section 3): tokens are dealt out, no expert can be crowded, no auxiliary loss.
+
+        s = x W^T,   a = argmax over assignments of sum_n s[n, a_n] with N / E tokens per expert    training, eq. 2
+                     a_n = argmax_e s[n, e]                                                         evaluation
+        y_n = sigmoid(s[n, a_n]) FFN_a(x_n)
+
+    Uses content. Not causal in training: who gets a seat depends on later tokens (hence greedy at evaluation). Each
+    routing group is dealt out by itself, as the authors do on each worker. W, orthogonal with gain 0.1, learns only
+    through the sigmoid. Their code mixes sigmoid * net(x) + (1 - sigmoid) * x where net has its own residual; inside
+    a pre-LN block that adds x itself the same thing is sigmoid * FFN(x). They detect training by requires_grad, we by
+    the module's mode. Their auction may hang if N % E, and repeats tokens under ties: see balanced_assignment for ours.
+    "greedy_load" is logged: the fullest expert's load if everybody took the argmax, as a multiple of the mean.
+    """
+
+    causal = "eval"
+
+    def __init__(self, D, E):
+        super().__init__(D, E, k=1)
+        self.weight = nn.Parameter(orthogonal(E, D))
+
+    def forward(self, x, ids, batch=None):
+        batch = batch or Batch(len(x))
+        s = linear(x, self.weight)
+        greedy = s.argmax(1)
+        a = batch.per_group(balanced_assignment, s.detach()) if self.training else greedy
+        load = self.E * batch.mean(F.one_hot(greedy, self.E).to(s.dtype)).max()
+        return Routing(scatter(a[:, None], s.gather(1, a[:, None]).sigmoid(), self.E), {"greedy_load": load})
+
+
+class StableMoE(Gate):
+    """StableMoE (arXiv:2204.08396, section 3): learn a routing, distil it into the token ids, then never change it.
+
+        s = x W^T
+        stage 1   a_n = argmax_e s[n, e],              y_n = sigmoid(s[n, a_n]) FFN_a(x_n)
+                  balance = mean_n (load_a / mean load - 1) sigmoid(s[n, a_n])                       weight 0.3, eq. 5
+                  distill = mean_n -log softmax(words[id_n] What^T)[a_n]                             weight 1, eq. 8
+        stage 2   a_n = argmax_e (words[id_n] What^T)_e, the same y (W and the experts go on learning), no losses
+
+    Stage 1 uses content, stage 2 and every evaluation only the token id, also evaluation in stage 1 (the authors' code;
+    the paper infers with the distilled router). Causal. The loads are counts; an expert without tokens gets no
+    gradient from the balance loss. In masked language modelling all [MASK] tokens share an expert from stage 2 on.
+    stage1: share of the run (`steps`) spent in stage 1; dim: width of the distilled router's embedding.
+    Stage 2 is really frozen: set_step takes requires_grad and .grad from `words` and `What`, and AdamW leaves a
+    parameter whose grad is None alone, decay and momentum included. (The authors leave zero gradients, with which Adam
+    drifts on.) Their README distils with weight 0.3; we follow the paper. "agreement" is logged: the share of
+    tokens on which both routers agree.
+    """
+
+    def __init__(self, D, E, V, steps=1, stage1=0.1, dim=50, balance=0.3, distill=1.0):
+        super().__init__(D, E, k=1)
+        self.weight = nn.Parameter(orthogonal(E, D))
+        self.words = nn.Parameter(torch.randn(V, dim))
+        self.what = nn.Parameter(orthogonal(E, dim))
+        self.stage1_steps = stage1 * steps
+        self.register_buffer("stage", torch.tensor(1))
+        self.weights = {"balance": balance, "distill": distill}
+
+    def set_step(self, step):
+        self.stage.fill_(1 if step < self.stage1_steps else 2)
+        for p in (self.words, self.what):
+            p.requires_grad_(step < self.stage1_steps)
+            p.grad = p.grad if p.requires_grad else None
+
+    def forward(self, x, ids, batch=None):
+        batch = batch or Batch(len(x))
+        s = linear(x, self.weight)
+        distilled = linear(self.words[ids], self.what)
+        learned, known = s.argmax(1), distilled.argmax(1)
+        stage1 = self.training and bool(self.stage == 1)
+        a = learned if stage1 else known
+        w = s.gather(1, a[:, None]).sigmoid()  # (N, 1)
+        aux = {"agreement": batch.mean((learned == known).to(s.dtype)), "balance": w.new_zeros(()), "distill": w.new_zeros(())}
+        if stage1:
+            load = self.E * batch.mean(F.one_hot(a, self.E).to(s.dtype))
+            aux["balance"] = batch.mean((load[a] - 1) * w[:, 0])
+            aux["distill"] = batch.mean(F.cross_entropy(distilled, a, reduction="none"))
+        return Routing(scatter(a[:, None], w, self.E), aux)
+
+
+def smooth_step(t, gamma):
+    """S(t): 0 below -gamma/2, 1 above gamma/2, in between the cubic that joins them with a continuous slope (DSelect-k,
+    eq. 4). gamma is the width of the soft band. Outside it value and gradient are exact: 0 or 1, and 0."""
+    t = (t / gamma).clamp(-0.5, 0.5)
+    return (t * (1.5 - 2 * t * t) + 0.5).clamp(0, 1)  # the second clamp removes rounding below 0
+
+
+def entropy(p):
+    """Entropy of the rows of p (..., n) -> (...), with the 1e-6 inside the logarithm of DSelect-k and COMET."""
+    return -(p * (p + 1e-6).log()).sum(-1)
+
+
+class DSelectK(Gate):
+    """DSelect-k (arXiv:2106.03760, sections 3 and 4): k selectors, each spells an expert number in m = ceil(log2 E) bits.
+
+        z = x W^T + b  (k, m),   s = S(z)                                   S: smooth_step, soft while |z| < gamma / 2
+        r_j(e) = product over bits t of s_jt if bit t of e is set, else 1 - s_jt      most significant bit first
+        G(e) = sum_j softmax(x A^T + c)_j r_j(e)
+
+    Starts dense and ends with at most k experts per token once all bits are saturated: use it without capacity.
+    Uses content; static=True drops x, then all tokens share one row of G. Causal. Codes above E - 1 hold mass when E
+    is no power of two, so rows of G sum to 1 or less; they are not renormalised.
+        entropy     mean_n sum_j H(r_j), hardens the bits. Authors' code: 1e-6 times the sum over the batch; we take
+                    the mean, as COMET does, with 0.01 (the same at 10k tokens)
+        reciprocal  mean_n sum_j 1 / (1e-6 + sum_e r_j(e)), weight 1, pulls mass off the unused codes; k at best.
+                    The authors' code has a sum and no 1e-6: infinite for a selector wholly on an unused code
+    z starts in U(+-gamma/100), weights and bias, so that no bit is saturated; weight decay on W softens the gate.
+    """
+
+    def __init__(self, D, E, k=2, gamma=1.0, static=False, entropy=0.01, reciprocal=1.0):
+        super().__init__(D, E, k)
+        self.bits, self.gamma, self.static = (E - 1).bit_length(), gamma, static
+        self.bias = nn.Parameter((torch.rand(k * self.bits) - 0.5) * gamma / 50)
+        self.mix_bias = nn.Parameter((torch.rand(k) - 0.5) / 10)
+        if not static:
+            self.weight = nn.Parameter((torch.rand(k * self.bits, D) - 0.5) * gamma / 50)
+            self.mix = nn.Parameter((torch.rand(k, D) - 0.5) / 10)
+        self.weights = {"entropy": entropy, "reciprocal": reciprocal}
+
+    def forward(self, x, ids, batch=None):
+        batch = batch or Batch(len(x))
+        z = self.bias.expand(len(x), -1) if self.static else linear(x, self.weight, self.bias)
+        mix = self.mix_bias.expand(len(x), -1) if self.static else linear(x, self.mix, self.mix_bias)
+        s = smooth_step(z.unflatten(1, (self.k, self.bits)), self.gamma)  # (N, k, bits)
+        r = s.new_ones(len(x), self.k, 1)
+        for t in range(self.bits):
+            r = torch.stack([r * (1 - s[..., t, None]), r * s[..., t, None]], -1).flatten(2)
+        r = r[..., : self.E]
+        aux = {"entropy": batch.mean(entropy(r).sum(1)), "reciprocal": batch.mean((1 / (1e-6 + r.sum(2))).sum(1))}
+        return Routing((mix.softmax(1)[..., None] * r).sum(1), aux)
+
+
+def tree_leaves(h):
+    """(..., E - 1) probabilities of going left at the split nodes -> (..., E) of reaching the leaves, left to right.
+
+    Nodes are numbered as in a heap: 0 is the root, 2i + 1 and 2i + 2 are the children of i, nodes from E - 1 on are
+    leaves. So the tree is complete for every E, and the leaves on the deeper of two levels stand to the left:
+
+        E = 5:        0            Level by level: each level is the previous one times h and 1 - h.
+                   1     2         A path costs its depth, not E - 1 factors.
+                 3   4  5 6        leaves 7 8 4 5 6
+                7 8
+    """
+    E = h.shape[-1] + 1
+    level, leaves, node = torch.ones_like(h[..., :1]) if E > 1 else h.new_ones(*h.shape[:-1], 1), [], 0
+    while level.shape[-1]:
+        width = level.shape[-1]
+        splits = min(max(E - 1 - node, 0), width)
+        leaves.insert(0, level[..., splits:])
+        left, p = h[..., node : node + splits], level[..., :splits]
+        level = torch.stack([p * left, p * (1 - left)], -1).flatten(-2)
+        node += width
+    return torch.cat(leaves, -1)
+
+
+class COMET(Gate):
+    """COMET (arXiv:2306.02824): k trees whose leaves are the experts; works for any E, no code is wasted.
+
+        h = S(x W^T + b)                   (k, E - 1) probability of going left at every node; S: smooth_step
+        p = tree_leaves(h)                 (k, E) each tree sums to 1
+        q = p exp(alpha) / sum over all k E pairs,   alpha = x V^T + c  (k, E)      one joint softmax, not one per tree
+        G(e) = sum_j q_j(e)                rows sum to 1
+
+    Starts dense; once a token's paths are saturated G has at most k non-zeros (trees may agree) and they are exact
+    zeros, which the dispatch skips: use it without capacity. Nothing enforces k before that: gamma and the entropy
+    weight do. Uses content. Causal. A token whose whole path is saturated sends no gradient to W, and with k = 1 none
+    to V: its choice is final.
+        entropy   mean_n sum_j H(p_j), on p and not on q, weight 0.1 (the authors search 1e-4 to 100; the weight is
+                  constant in their code). k log E when undecided, 0 when decided
+    The authors' code adds 1e-8 to p inside a logarithm; we multiply by p, which needs no logarithm and keeps zeros
+    exact. It is otherwise the per-example gate of their code (its last release does not run: its leaf scores read a
+    missing attribute). W, b start in U(+-gamma/100), V, c in U(+-0.05); weight decay on W softens the gate.
+    """
+
+    def __init__(self, D, E, k=2, gamma=1.0, entropy=0.1):
+        super().__init__(D, E, k)
+        self.gamma = gamma
+        self.split = nn.Parameter((torch.rand(k * (E - 1), D) - 0.5) * gamma / 50)
+        self.split_bias = nn.Parameter((torch.rand(k * (E - 1)) - 0.5) * gamma / 50)
+        self.leaf = nn.Parameter((torch.rand(k * E, D) - 0.5) / 10)
+        self.leaf_bias = nn.Parameter((torch.rand(k * E) - 0.5) / 10)
+        self.weights = {"entropy": entropy}
+
+    def forward(self, x, ids, batch=None):
+        batch = batch or Batch(len(x))
+        h = smooth_step(linear(x, self.split, self.split_bias).unflatten(1, (self.k, self.E - 1)), self.gamma)
+        p = tree_leaves(h)  # (N, k, E)
+        alpha = linear(x, self.leaf, self.leaf_bias).unflatten(1, (self.k, self.E))
+        alpha = alpha.masked_fill(p == 0, -torch.inf)
+        q = p * (alpha - alpha.amax((1, 2), keepdim=True)).exp()
+        return Routing(q.sum(1) / q.sum((1, 2))[:, None], {"entropy": batch.mean(entropy(p).sum(1))})
+
+
+def best_permutation(score):
+    """(n, n) -> (n,) the column of each row in the permutation with the largest sum: the Hungarian method with
+    potentials, exact, O(n^3), in float64 on the CPU. Meant for rare calls: 0.3 ms at n = 8, about 20 ms at n = 64."""
+    import numpy as np
+
+    n, cost = len(score), -score.detach().double().nan_to_num().cpu().numpy()
+    u, v, row_of = np.zeros(n), np.zeros(n + 1), np.full(n + 1, -1)  # potentials; column n stands for "no column yet"
+    for row in range(n):
+        row_of[n], col = row, n
+        dist, back, done = np.full(n, np.inf), np.full(n, n), np.zeros(n + 1, bool)
+        while row_of[col] >= 0:  # shortest augmenting path (Dijkstra over columns) to a free column
+            done[col] = True
+            reduced = cost[row_of[col]] - u[row_of[col]] - v[:n]
+            nearer = ~done[:n] & (reduced < dist)
+            dist[nearer], back[nearer] = reduced[nearer], col
+            col = int(np.where(done[:n], np.inf, dist).argmin())
+            step = dist[col]
+            u[row_of[done]] += step
+            v[done] -= step
+            dist[~done[:n]] -= step
+        while col != n:  # flip the path
+            row_of[col], col = row_of[back[col]], back[col]
+    return torch.as_tensor(row_of[:n].argsort(), device=score.device)
+
+
+class Permuted(nn.Module):
+    """Permutation-based local search (COMET, arXiv:2306.02824): learn which expert each output of a gate feeds.
+
+        G' = G P,   P[i, e] = 1: output i feeds expert e
+        search, it < T     P = Sinkhorn(L / tau), L (E, E) learned with everything else; evaluation uses a hard P
+        from it = T on     P a permutation, frozen; no cost but a reordering of columns
+
+    Wraps any gate and stands in its place: same k, causal, drop_order, weights, aux, calls. it = step + 1; T is the share
+    `search` of the run (`steps`); the authors search 1 to 10 of 100 epochs. During the search every expert sees every
+    token: use no capacity. Evaluation before the first step uses the identity. After T, L leaves training as in
+    StableMoE. Extra loss "permutation" = H(P) + H(P / row sums), weight 1e-4. One P for all trees, as in all their
+    configurations; no Gumbel noise, likewise. Rows of G keep their sums.
+
+    schedule="official": log10 tau -3 -> -7, 20 -> 150 iterations, columns last, hard P = best assignment of the soft P.
+    schedule="corrected" (default): log10 tau -1.3 -> -3, rows last, hard P = best assignment of L itself.
+    """
+
+    def __init__(self, gate, steps=1, search=0.05, schedule="corrected", zeta=1e-4):
+        super().__init__()
+        if schedule not in ("corrected", "official"):
+            raise ValueError(f"permuted: schedule={schedule!r} is unknown; there are: corrected, official")
+        self.gate, self.D, self.E, self.k = gate, gate.D, gate.E, gate.k
+        self.causal, self.drop_order = gate.causal, gate.drop_order
+        self.window, self.official, self.zeta = max(1, round(search * steps)), schedule == "official", zeta
+        self.logits = nn.Parameter((torch.rand(self.E, self.E) - 0.5) / 10)
+        self.register_buffer("source", torch.arange(self.E))  # the hard P: expert e is fed by output source[e]
+        self.register_buffer("it", torch.tensor(0))
+        self.register_buffer("tau", torch.tensor(1.0))
+        self.register_buffer("iterations", torch.tensor(20))
+        self.register_buffer("frozen", torch.tensor(False))
+        self.register_buffer("seen", torch.full((self.E, self.E), torch.nan), persistent=False)  # L behind `source`
+
+    @property
+    def weights(self):
+        return {**self.gate.weights, "permutation": self.zeta}
+
+    def set_step(self, step):
+        self.gate.set_step(step)
+        search, f = step + 1 < self.window, min((step + 1) / self.window, 1)
+        if not search and not self.frozen:
+            self.harden()  # before tau moves: the authors harden the last soft P that was used
+        self.frozen.fill_(not search)
+        self.it.fill_(step + 1)
+        self.tau.fill_(10 ** (-3 - 4 * f if self.official else -1.3 - 1.7 * f))
+        self.iterations.fill_(20 + int(130 * f))
+        self.logits.requires_grad_(search)
+        self.logits.grad = self.logits.grad if search else None
+
+    def update(self):
+        self.gate.update()
+
+    def soft(self):
+        """P (E, E), nearly doubly stochastic: logarithmic Sinkhorn, in which the last direction sums to 1 exactly."""
+        a = self.logits / self.tau
+        for _ in range(int(self.iterations)):
+            for dim in (1, 0) if self.official else (0, 1):
+                a = a - a.logsumexp(dim, keepdim=True)
+        return a.exp()
+
+    @torch.no_grad()
+    def harden(self):
+        """Make `source` the best permutation of the logits now (the identity before any training)."""
+        if self.it > 1 and not torch.equal(self.seen, self.logits):
+            self.source.copy_(best_permutation(self.soft() if self.official else self.logits).argsort())
+            self.seen.copy_(self.logits)
+
+    def forward(self, x, ids, batch=None):
+        G, aux, priority, capacity = self.gate(x, ids, batch)
+        if self.training and not self.frozen:
+            P = self.soft()
+            aux = {**aux, "permutation": entropy(P).sum() + entropy(P / P.sum(1, keepdim=True)).sum()}
+            move = lambda t: linear(t, P.t())  # t P
+            mixed = move(G)
+            moved = mixed * (G.sum(1, keepdim=True) / mixed.sum(1, keepdim=True).clamp(min=1e-9))
+        else:
+            if not self.frozen:
+                self.harden()
+            aux = {**aux, "permutation": G.new_zeros(())}
+            move = lambda t: t[..., self.source]
+            moved = move(G)
+        if isinstance(capacity, Tensor):
+            capacity = move(full_precision(capacity)).round().to(capacity.dtype)
+        return Routing(moved, aux, None if priority is None else move(priority), capacity)
