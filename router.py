@@ -680,8 +680,8 @@ def skip_weights(z, u, E, c):
     """z (n,) sampled experts, u (n,) uniform noise, c slots per expert -> (n,) weights: a uniformly random min(n_j, c)
     of the n_j tokens at expert j survive, with weight n_j / min(n_j, c); the others are skipped, 0. The sum is n."""
     order, place, load = queue(z, u, E)
-    w = load / load.clamp(min=1, max=c)  # (E,)
-    return torch.zeros_like(u).index_put((order,), (w[z[order]] * (place < c)).to(u.dtype))
+    w = load.to(u.dtype) / load.clamp(min=1, max=c)  # (E,)
+    return torch.zeros_like(u).index_put((order,), w[z[order]] * (place < c))
 
 
 class Skip(Gate):
