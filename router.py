@@ -30,7 +30,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -456,6 +455,8 @@ class DTS(Gate):
         G = (y if self.gumbel else z.softmax(1)) * m
         return Routing(G, {"balance": balance_loss(y, m, batch)})
 
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Learned gates beyond top-k: balanced assignment, a distilled router, binary codes, trees, permutations
 
 
