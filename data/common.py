@@ -286,8 +286,10 @@ def load_meta(folder):
     try:
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
-        meta["splits"], meta["vocab_size"], meta["dtype"], meta["tokenizer"], meta["kind"]
-    except (ValueError, KeyError, TypeError) as e:
+        meta["vocab_size"], meta["dtype"], meta["tokenizer"]
+        for split in meta["splits"].values():
+            split["domains"] if meta["kind"] == "text" else split["pairs"]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__}): {prepare_hint(folder)}") from None
     return meta
 
