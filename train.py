@@ -771,8 +771,8 @@ def main(argv):
         given["init_from"], resume = "resume", True
     if resume:
         path, state = load_checkpoint(given, mesh)
-        now = "init_from eval_only sample device ep ranks_per_node two_level timeout".split()  # not of the run, of this start
-        known = {f.name for f in dataclasses.fields(Config)} - set(now)
+        of_this_start = "init_from eval_only sample device ep ranks_per_node two_level timeout".split()
+        known = {f.name for f in dataclasses.fields(Config)} - set(of_this_start)
         cfg, first = configure(given, {name: v for name, v in state["config"].items() if name in known}), state["step"]
         if mesh.world > 1:
             mesh = dist.make_mesh(mesh.rank, mesh.world, cfg.n_experts, cfg.ep, mesh.local, mesh.device, cfg.two_level, cfg.timeout)
@@ -969,4 +969,4 @@ if __name__ == "__main__":
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted before the first step, nothing to save")
+        sys.exit("train.py: interrupted")
