@@ -476,7 +476,7 @@ def balanced_assignment(scores, eps=0.05, rounds=128):
     the sum is within 2 N eps sigma of the optimum: eps from the auction, eps from the ripple below. Measured: 0.01
     N sigma or less. One wait for the device per round; 5 to 10 rounds, up to 80 when tokens repeat."""
     N, E = scores.shape
-    if E == 1:
+    if E == 1 or N == 0:
         return torch.zeros(N, dtype=torch.long, device=scores.device)
     s, experts = full_precision(scores.detach()), torch.arange(E + 1, device=scores.device)
     finite = s.isfinite()
