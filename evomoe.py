@@ -91,7 +91,7 @@ def check(cfg):
         raise ValueError(f"--spawn_ratio={cfg.spawn_ratio} must be from 0 to 1")
     if cfg.expert_hidden and cfg.spawn != "importance" and starts_dense(cfg):
         raise ValueError("--expert_hidden: experts narrower than the FFN they come from need --spawn=importance")
-    if cfg.distill and not (cfg.teacher or starts_trained(cfg)):
+    if cfg.distill and cfg.init_from == "scratch" and not cfg.teacher:
         raise ValueError("--distill needs a teacher: --init_from=OUT_DIR of a dense run, or --teacher=OUT_DIR")
     if cfg.distill and cfg.objective == "translation":
         raise ValueError("--distill works for --objective=roberta and gpt")

@@ -1,0 +1,420 @@
+"""
+The curriculum: phases and the dense-to-sparse gate, the spawn on any number of processes, resuming at every border,
+upcycling, MoEBERT's split and distillation. Runs go through train.main on a corpus of a few thousand bytes.
+"""
+import copy
+import dataclasses
+import functools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ranks import run_ranks
+import dist
+import evomoe
+import train
+from data.common import make_tokenizer, write_text
+from experts import Experts, MoE
+from model import GPT, RoBERTa
+from router import DTS, Batch, make_gate
+
+E, V = 4, 50
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, n_experts=E, batch_size=4, gate="dts")
+
+
+def config(**more):
+    return train.configure({**TINY, **more})
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("corpus"))
+    text = "".join(chr(97 + i * i % 23) + " " * (i % 3 == 0) for i in range(3000))
+    write_text(folder, make_tokenizer("bytes", 0, ()), {"train": {"x": [text]}, "val": {"x": [text[:70]]}}, "made up")
+    return folder
+
+
+def run(corpus, out, **flags):
+    """train.main on the tiny corpus -> the log as a list of dicts."""
+    flags = {**TINY, "dataset": corpus, "out_dir": str(out), "max_steps": 8, "warmup": 2, "log_every": 1, "save_every": 1,
+             "eval_every": 0, "sample_tokens": 1, "device": "cpu", **flags}  # fmt: skip
+    train.main([f"--{name}={value}" for name, value in flags.items()])
+    return [json.loads(line) for line in open(f"{out}/log.jsonl")]
+
+
+def losses(log):
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+# -- phases ----------------------------------------------------------------------------------------------------------
+
+
+def test_phases():
+    cfg = config(diversify=0.1, tau_until=0.4, hard_at=0.6, max_steps=100)
+    assert [(p.name, p.start, p.end, p.experts) for p in evomoe.phases(cfg)] == [
+        ("diversify", 0, 10, 1), ("anneal", 10, 40, E), ("tighten", 40, 60, E), ("hard", 60, 100, E)]  # fmt: skip
+    at = lambda step: evomoe.now(step, cfg)
+    assert at(10)["tau"] == cfg.tau_max and at(40)["tau"] == at(99)["tau"] == cfg.tau_min
+    assert at(25)["tau"] == pytest.approx((cfg.tau_max + cfg.tau_min) / 2)
+    assert at(10)["noise"] == 1 and at(40)["noise"] == 0
+    assert at(39)["tight"] == 0 and at(50)["tight"] == 0.5 and at(60)["tight"] == 1
+    assert not at(59)["hard"] and at(60)["hard"] and at(1000)["hard"]
+    assert [p.name for p in evomoe.phases(config(gate="switch", diversify=0.1))] == ["diversify", "mixture"]
+    assert evomoe.show(config(gate="switch")) == "" and "2 -> " in evomoe.show(cfg)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(diversify=1.0), dict(diversify=0.5, tau_until=0.4), dict(tau_until=0.7, hard_at=0.6), dict(tau_min=0.0), dict(spawn="clone"),
+    dict(tau_min=3.0), dict(spawn_ratio=1.5), dict(distill=1.0), dict(diversify=0.1, expert_hidden=8), dict(init_from="gtp2"),
+])  # fmt: skip
+def test_wrong_flags_are_one_line(wrong):
+    with pytest.raises(ValueError) as error:
+        config(**wrong)
+    assert "\n" not in str(error.value)
+
+
+# -- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def gate(n=E, tau=1.0, s=1.0, tight=0.0, hard=False, **knobs):
+    """A DTS gate whose logits are its input, with noise of scale s."""
+    g = DTS(n, n, **knobs)
+    g.weight = nn.Parameter(torch.eye(n))
+    g.set(tau, s, tight, hard)
+    return g
+
+
+def G(g, x, seed=0):
+    torch.manual_seed(seed)
+    return g(x, None).G
+
+
+@pytest.mark.parametrize("tau", [2.0, 0.1])
+def test_constant_noise_makes_the_choice_a_sample_of_softmax_at_any_temperature(tau):
+    z = torch.tensor([1.0, 0.0, -1.0, 0.5])
+    best = G(gate(tau=tau, noise="constant"), z.expand(20000, -1)).argmax(1)
+    assert (torch.bincount(best, minlength=E) / 20000 - z.softmax(0)).abs().max() < 0.015
+    assert G(gate(tau=tau).eval(), z[None]).argmax() == 0  # noise is off at evaluation
+
+
+def test_limits_of_the_temperature():
+    x = torch.randn(64, E)
+    torch.manual_seed(0)
+    best = (x + Batch(64).gumbel(E)).topk(2)
+    clear = best.values[:, 0] - best.values[:, 1] > 0.02
+    cold = G(gate(tau=1e-3), x) - nn.functional.one_hot(best.indices[:, 0], E)
+    assert clear.sum() > 50 and cold[clear].abs().max() < 1e-6
+    assert (G(gate(tau=1e4), x) - 1 / E).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_experts_per_token_fall_to_k_and_never_below(k):
+    x = torch.randn(512, 16)
+    n = [(G(gate(16, tau=tau, k=k), x) > 0).sum(1) for tau in (2, 1, 0.5, 0.3, 0.1)]
+    n += [(G(gate(16, tau=0.1, tight=t, k=k), x) > 0).sum(1) for t in (0.3, 0.6, 1)]
+    assert all((a >= b).all() for a, b in zip(n, n[1:]))  # each token's
+    assert n[0].float().mean() > 15.9 and (n[-1] == k).all()  # more than half can go to one only
+    assert ((G(gate(16, tau=0.5, hard=True, k=k), x) > 0).sum(1) == k).all()
+    many = torch.randn(8, 2048)  # 1 / 2048 is below the threshold: without the guard nobody would be left
+    assert ((G(gate(2048, tau=1e3, k=k), many) > 0).sum(1) == k).all()
+
+
+def test_experts_per_token_of_standard_normal_logits():
+    """E = 16, one standard normal logit each: an independent count gave 15.1, 8.2, 4.4 and 1.8."""
+    x = torch.randn(20000, 16)
+    for tau, expected in (1.0, 15.1), (0.5, 8.2), (0.3, 4.4), (0.1, 1.8):
+        assert (G(gate(16, tau=tau), x) > 0).sum(1).float().mean() == pytest.approx(expected, rel=0.03)
+
+
+def test_balance_loss_is_one_when_balanced_and_has_no_gradient_while_dense():
+    g, x = gate(tau=2.0), torch.randn(256, E)
+    loss = g(x, None).aux["balance"]
+    loss.backward()
+    assert loss.item() == pytest.approx(1, abs=1e-5) and g.weight.grad.abs().max() < 1e-6
+    g = gate(tau=0.1, s=0.0)
+    g(x[x[:, 0] > 1], None).aux["balance"].backward()  # crowded: there is a force
+    assert g.weight.grad.abs().max() > 1e-3
+
+
+def test_the_router_keeps_its_gradient():
+    x = torch.randn(64, E)
+    for hard in False, True:
+        g = gate(tau=0.5, s=0.0, hard=hard)
+        out = g(x, None).G
+        (out * torch.randn_like(out)).sum().backward()
+        assert (g.weight.grad.abs().sum(1) > 0).all()
+
+
+def test_hard_switch_takes_away_no_more_than_the_lesser_experts():
+    """The step from soft to hard takes at most 1 - max y out of a row of G; and nothing at all, in value and gradient,
+    once the bar has risen: above one half there is room for one."""
+    x, direction = torch.randn(256, E), torch.randn(256, E)
+    for tight in 0.0, 1.0:
+        soft, hard = (gate(tau=0.3, s=0.0, tight=tight, hard=h) for h in (False, True))
+        a, b = G(soft, x), G(hard, x)
+        assert ((a - b).sum(1) <= 1 - a.max(1).values + 1e-6).all()
+        (a * direction).sum().backward(), (b * direction).sum().backward()
+        assert torch.equal(a, b) == torch.equal(soft.weight.grad, hard.weight.grad) == (tight == 1)
+
+
+# -- the spawn ---------------------------------------------------------------------------------------------------------
+
+
+def dense_and_grown(mesh=None, **flags):
+    """A dense GPT with some optimizer state, and the mixture spawned from it: old, its optimizer, new, its optimizer,
+    cfg. The state is drawn, not trained: the last bits of a gradient depend on where in memory its tensors lie."""
+    cfg, mesh = config(diversify=0.1, bias=True, **flags), mesh or dist.Mesh()
+    old = GPT(dataclasses.replace(cfg, n_experts=1), V, mesh)
+    old_optimizer = train.make_optimizer(old, cfg)
+    rng = torch.Generator().manual_seed(1)
+    for p in old.parameters():
+        moments = {name: torch.rand(p.shape, generator=rng) for name in ("exp_avg", "exp_avg_sq")}
+        old_optimizer.state[p] = {"step": torch.tensor(7.0), **moments}
+    new = GPT(cfg, V, mesh)
+    new_optimizer = train.make_optimizer(new, cfg)
+    evomoe.spawn(old, old_optimizer, new, new_optimizer, cfg)
+    evomoe.set_phase(new, evomoe.spawn_step(cfg), cfg)
+    return old, old_optimizer, new, new_optimizer, cfg
+
+
+def outputs_and_state(rank, world, ratio):
+    mesh = dist.make_mesh(rank, world, E) if world > 1 else dist.Mesh()
+    old, _, new, optimizer, _ = dense_and_grown(mesh, spawn_ratio=ratio)
+    x = torch.randint(V, (4, 16), generator=torch.Generator().manual_seed(2))[rank * 4 // world : (rank + 1) * 4 // world]
+    return old(x)[0], new(x)[0], dist.full_state(new, optimizer, mesh)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_without_a_mask_the_function_is_kept_on_any_number_of_ranks(world):
+    ranks = run_ranks(world, outputs_and_state, 0.0) if world > 1 else [outputs_and_state(0, 1, 0.0)]
+    for before, after, _ in ranks:
+        assert (before - after).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_ranks_spawns_the_same_experts(world):
+    _, _, one = outputs_and_state(0, 1, 0.3)
+    _, _, many = run_ranks(world, outputs_and_state, 0.3)[-1]
+    flat = lambda s: {**s["model"], **{f"{n} {k}": t for n, m in s["optimizer"].items() for k, t in m.items()}}
+    assert flat(one).keys() == flat(many).keys()
+    for name, t in flat(one).items():
+        assert torch.equal(t, flat(many)[name]), name
+
+
+def test_masks_moments_and_what_must_not_change():
+    old, old_optimizer, new, new_optimizer, cfg = dense_and_grown(spawn_ratio=0.3)
+    e0, experts = old.stack.blocks[1].ffn, new.stack.blocks[1].ffn.experts
+    for name in "w1", "w2":
+        p, children = e0.get_parameter(name)[0], experts.get_parameter(name)
+        keep = children != 0
+        assert torch.equal(children, p * keep)
+        n = keep.numel()
+        assert abs((~keep).sum() - 0.3 * n) < 3 * math.sqrt(n * 0.3 * 0.7)
+        assert all(not torch.equal(keep[a], keep[b]) for a in range(E) for b in range(a))
+        before, after = old_optimizer.state[e0.get_parameter(name)], new_optimizer.state[children]
+        assert torch.equal(after["step"], before["step"]) and after["step"] == 7
+        for moment in "exp_avg", "exp_avg_sq":
+            assert torch.equal(after[moment], before[moment] * keep) and after[moment].abs().sum() > 0
+    assert torch.equal(experts.b1, e0.b1.expand(E, -1)) and torch.equal(experts.b2, e0.b2.expand(E, -1))
+    others = dict(new.named_parameters())
+    for name, p in old.named_parameters():
+        if name in others:
+            assert torch.equal(p, others[name])
+            assert torch.equal(old_optimizer.state[p]["exp_avg"], new_optimizer.state[others[name]]["exp_avg"])
+    fresh = GPT(cfg, V)
+    assert torch.equal(new.gates()[0].weight, fresh.gates()[0].weight) and new.gates()[0].weight not in new_optimizer.state
+
+
+@pytest.mark.parametrize("how", ["copy", "noise"])
+def test_other_spawns(how):
+    old, _, new, _, _ = dense_and_grown(spawn=how, spawn_ratio=0.1)
+    difference = new.stack.blocks[1].ffn.experts.w1 - old.stack.blocks[1].ffn.w1
+    relative = (difference.std((1, 2)) / old.stack.blocks[1].ffn.w1.std()).tolist()
+    assert relative == pytest.approx([0.1 if how == "noise" else 0.0] * E, rel=0.1)
+
+
+# -- whole runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_before_the_spawn_it_is_the_dense_run(corpus, tmp_path):
+    evo = run(corpus, tmp_path / "evo", diversify=0.5, tau_until=0.7, hard_at=0.8)
+    dense = run(corpus, tmp_path / "dense", n_experts=1)
+    assert losses(evo)[:4] == losses(dense)[:4] and losses(evo)[4:] != losses(dense)[4:]
+    k = [entry.get("experts_per_token", 1) for entry in evo if "loss" in entry]
+    assert k[:5] == [1, 1, 1, 1, E] and k[-1] == 1
+    flops = [entry["flops_per_token"] for entry in evo if "loss" in entry]
+    assert flops[4] - flops[7] == pytest.approx((E - 1) * 4 * 16 * 64)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("flags", [
+    dict(diversify=0.25, tau_until=0.5, hard_at=0.75),
+    dict(gate="switch", diversify=0.25, capacity_factor=1.0),
+    dict(diversify=0.25, tau_until=0.5, hard_at=0.75, spawn="importance", expert_hidden=16, bias=True),
+])  # fmt: skip
+def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, flags):
+    """Interrupted before each of the steps 1 to 7, and continued by a new process's worth of state each time."""
+    monkeypatch.setattr(train, "sample_losses", functools.partial(train.sample_losses, n=6))
+    whole = run(corpus, tmp_path / "whole", **flags)
+    make = train.train_batch
+    for step in range(1, 9):
+        def stop(corpus, cfg, s, *more, until=step):
+            if s == until and len(more):  # not where the importance is measured
+                raise Interrupted
+            return make(corpus, cfg, s, *more)
+        monkeypatch.setattr(train, "train_batch", stop)
+        resume = dict(init_from="resume") if step > 1 else {}
+        try:
+            parts = run(corpus, tmp_path / "parts", **flags, **resume)
+        except Interrupted:
+            assert step < 8
+    assert losses(parts) == losses(whole) and parts[-1]["val_loss"] == whole[-1]["val_loss"]
+    a, b = (dist.load(tmp_path / name / "ckpt_000008.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(t, b["model"][name]) for name, t in a["model"].items())
+    assert all(torch.equal(t, b["optimizer"][name][key]) for name, m in a["optimizer"].items() for key, t in m.items())
+
+
+def test_upcycling_a_dense_run(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "dense", n_experts=1)
+    held = run(corpus, tmp_path / "none", init_from=tmp_path / "dense", n_experts=1, learning_rate=1e-9, weight_decay=0)
+    grown = run(corpus, tmp_path / "moe", init_from=tmp_path / "dense", spawn="copy", learning_rate=1e-9, weight_decay=0)
+    assert losses(grown)[0] == pytest.approx(losses(held)[0], abs=1e-5)
+    with pytest.raises(ValueError, match="holds a mixture"):
+        run(corpus, tmp_path / "again", init_from=tmp_path / "moe")
+    with pytest.raises(ValueError, match="n_embd"):
+        run(corpus, tmp_path / "wrong", init_from=tmp_path / "dense", n_embd=32)
+
+
+def test_gpt2_weights(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config2 = transformers.GPT2Config(vocab_size=V - 3, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    theirs = transformers.GPT2LMHeadModel(config2).eval()
+    for p in theirs.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    fields, weights = evomoe.trained(str(tmp_path))
+    ours = GPT(config(n_experts=1, **fields), V).eval()
+    evomoe.load_weights(ours, weights, dist.Mesh())
+    x = torch.randint(V - 3, (3, 16))
+    assert (ours(x)[0][..., : V - 3] - theirs(x).logits).abs().max() < 1e-4
+
+
+def test_gpt2_without_transformers_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(ValueError, match="pip install transformers"):
+        evomoe.trained("gpt2")
+
+
+# -- floating-point operations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [2.0, 0.1])
+def test_flops_per_token_are_the_non_zeros(tau):
+    """Against a counter of every matrix product that really ran, in float64, where experts run one by one."""
+    model = GPT(config(), V).double()
+    model.gates()[0].weight.data.normal_()
+    model.gates()[0].set(tau, 0.0, False)
+    seen = []
+    model.gates()[0].register_forward_hook(lambda module, args, routing: seen.append(routing.G))
+    x = torch.randint(V, (4, 16))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(x)
+    k = (seen[0] != 0).sum().item() / x.numel()
+    assert model.stack.blocks[1].ffn.stats["load"].sum().item() == k * x.numel()
+    assert 1 < k <= E and (tau == 0.1 or k > 3)
+    assert model.flops_per_token(k, 16) * x.numel() == pytest.approx(counter.get_total_flops())
+
+
+# -- MoEBERT ------------------------------------------------------------------------------------------------------------
+
+
+def test_importance_is_taken_per_sample():
+    torch.manual_seed(0)
+    net = nn.Sequential(Experts(1, 4, 8))
+    net[0].init(0, 0, 0.5, 0.5)
+    x, target = torch.randn(6, 4), torch.randn(6, 4)
+    sample = lambda i: (net(x[i]) - target[i]).square().sum()
+    (got,) = evomoe.importance(net, (sample(i) for i in range(6))).values()
+    expected = torch.zeros(8)
+    for i in range(6):
+        g1, g2 = torch.autograd.grad(sample(i), [net[0].w1, net[0].w2])
+        for j in range(8):
+            expected[j] += (torch.dot(net[0].w1[0, :, j], g1[0, :, j]) + torch.dot(net[0].w2[0, j], g2[0, j])).abs().detach()
+    assert torch.allclose(got, expected)
+    (mean,) = evomoe.importance(net, [sum(sample(i) for i in range(6))]).values()
+    assert (mean <= got + 1e-6).all() and (got > 2 * mean).any()
+
+
+def test_split_facts():
+    score = torch.rand(48)
+    order = score.argsort(descending=True)
+    cut = evomoe.split(score, n_experts=4, width=12, share=0.5)
+    shared, own = [set(c[:6].tolist()) for c in cut], [set(c[6:].tolist()) for c in cut]
+    assert all(s == set(order[:6].tolist()) for s in shared)
+    assert all(not own[a] & own[b] for a in range(4) for b in range(a)) and all(len(c) == 12 for c in cut)
+    assert set().union(*shared, *own) == set(order[: 6 + 4 * 6].tolist())  # the most important ones survive
+    assert cut[1][6] == order[7] and cut[1][7] == order[11]
+    with pytest.raises(ValueError, match="cannot give"):
+        evomoe.split(score, 4, 24, 0.5)
+
+
+def test_a_split_that_shares_everything_keeps_the_function():
+    cfg = config(gate="hash", bias=True, spawn="importance", spawn_ratio=1.0, diversify=0.1)
+    old, new = GPT(dataclasses.replace(cfg, n_experts=1), V), GPT(cfg, V)
+    old.stack.blocks[1].ffn.b1.data.normal_()
+    old.stack.blocks[1].ffn.b2.data.normal_()
+    x = torch.randint(V, (2, 16))
+    score = evomoe.importance(old, [old(x)[0].square().mean()])
+    evomoe.spawn(old, None, new, None, cfg, score)
+    assert (old(x)[0] - new(x)[0]).abs().max() < 1e-5
+    assert not torch.equal(new.stack.blocks[1].ffn.experts.w1[0], old.stack.blocks[1].ffn.w1[0])  # reordered
+
+
+def roberta(**flags):
+    return RoBERTa(config(objective="roberta", n_experts=1, **flags), V, mask_id=V - 1)
+
+
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient():
+    teacher, x = roberta().eval().requires_grad_(False), torch.randint(V, (2, 16))
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    pick = torch.rand(x.shape) < 0.3
+    with evomoe.watch(student) as s, evomoe.watch(teacher) as t:
+        student(x, pick=pick), teacher(x, pick=pick)
+    assert len(s) == 1 + 2 + 1 and s[-1].shape == (pick.sum(), V)
+    terms = evomoe.distillation(s, t, None, x.numel(), int(pick.sum()))
+    terms.sum().backward()
+    assert terms.abs().max() == 0
+    assert all(p.grad is None or p.grad.abs().max() < 1e-12 for p in student.parameters())
+
+
+def test_distillation_is_symmetric_and_leaves_padding_out():
+    torch.manual_seed(0)
+    a, b = ([torch.randn(2, 4, 8), torch.randn(2, 4, 8), torch.randn(5, V)] for _ in range(2))
+    live = torch.tensor([[True] * 4, [True, True, False, False]])
+    ab, ba = evomoe.distillation(a, b, live, 6, 5), evomoe.distillation(b, a, live, 6, 5)
+    assert torch.allclose(ab, ba)
+    mse = sum((s[live] - t[live]).square().mean() for s, t in zip(a[:2], b[:2]))
+    kl = lambda p, q: nn.functional.kl_div(q.log_softmax(1), p.log_softmax(1), log_target=True, reduction="batchmean")
+    assert torch.allclose(ab, torch.stack([mse, 0.5 * (kl(a[2], b[2]) + kl(b[2], a[2]))]))
+    a[0][1, 2:] += 100
+    assert torch.allclose(evomoe.distillation(a, b, live, 6, 5), ab)
+
+
+def test_the_documented_distillation_runs(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "sample_losses", functools.partial(train.sample_losses, n=6))
+    small = dict(objective="roberta", moe_every=1, max_steps=20, learning_rate=0.01, save_every=20)
+    run(corpus, tmp_path / "teacher", n_experts=1, **small)
+    student = dict(distill=1.0, gate="hash", spawn="importance", spawn_ratio=0.5, expert_hidden=16)
+    log = run(corpus, tmp_path / "student", init_from=tmp_path / "teacher", **{**small, **student})
+    told = [entry for entry in log if "mse" in entry]
+    assert told[-1]["mse"] < 0.7 * told[0]["mse"] and told[0]["kl"] > 0
+    resumed = run(corpus, tmp_path / "student", init_from="resume", **{**small, **student, "max_steps": 22})
+    assert "mse" in [entry for entry in resumed if "loss" in entry][-1]
