@@ -1048,7 +1048,9 @@ class RandomRouted(Gate):
 #
 # Inside a deep network both gates are a heuristic: w scales an expert's output instead of a loss, so activations stay
 # unbiased, but what follows is not linear, and attention mixes tokens: the "loss of a datapoint" becomes the loss of
-# its sequence.
+# its sequence. One number for all choices of a sequence is mostly noise, and log_prob carries it into x and all layers
+# below: at weight 1 it drowns the task (2-layer GPT, 250 steps, one seed: validation loss 5.61 with --score_weight=1,
+# 4.87 with 0.1, 4.82 with 0.01 and with 0, that is with random routing; Switch 4.76). Use 0.01.
 
 
 def skip_weights(z, u, E, c):
@@ -1180,7 +1182,8 @@ class GumbelMatching(Gate):
     with E[.] over a row's own noise given the others'. Every expert gets the same number of tokens, but when p is
     skewed most of their weights are near 0 and a few are huge; Skip has less variance. clip > 0 bounds the weights
     (biased). aux["log_prob"], exactness, evaluation and sources: as Skip. Sinkhorn before the matching changes nothing
-    when the balance is exact. Inherently dearer than top-k: the matching runs on the CPU, tens of times a top-k.
+    when the balance is exact. Inherently dearer than top-k, as the matching runs on the CPU: 4 times at N = 2048, E = 8,
+    15 to 30 times at N = 8192, E = 64.
     Uses content. In training all tokens are coupled; at evaluation causal. No other losses.
     """
 
