@@ -98,7 +98,7 @@ def check(cfg):
 
 
 def starts_trained(cfg):
-    return cfg.init_from not in ("scratch", "resume")
+    return cfg.init_from not in ("scratch", "resume") and cfg.objective != "classify"
 
 
 def starts_dense(cfg):

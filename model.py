@@ -233,7 +233,8 @@ class GPT(Model):
 
 
 class RoBERTa(Model):
-    """Encoder for masked language modelling (Liu et al. 2019, arXiv:1907.11692), and for classification."""
+    """Encoder for masked language modelling (Liu et al. 2019, arXiv:1907.11692). With n_classes it has a classifier in
+    place of the language modelling head: y = f(mean over live positions)."""
 
     def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1, mask_id=None, n_classes=0):
         super().__init__(cfg, V, mesh, counts, n_domains)
@@ -245,7 +246,10 @@ class RoBERTa(Model):
         self.stack = Stack(cfg, self.mesh, V + cfg.block_size, causal=False, counts=counts, n_domains=n_domains)
         D = cfg.n_embd
         self.dense, self.ln = nn.Linear(D, D), nn.LayerNorm(D, bias=cfg.bias)  # the LM head of the paper
-        self.classifier = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, n_classes)) if n_classes else None
+        self.classifier = None
+        if n_classes:
+            self.classifier = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(cfg.dropout), nn.Linear(D, n_classes))
+            self.dense.requires_grad_(False), self.ln.requires_grad_(False)
         self.init_weights()
 
     def route_ids(self, x):
@@ -260,17 +264,15 @@ class RoBERTa(Model):
         return self.stack(self.embed(x), self.route_ids(x), live, domain)
 
     def forward(self, x, live=None, domain=None, pick=None):
-        """Logits (B, T, V), or (M, V) where pick (B, T) is True (only the masked positions are worth the head), aux."""
+        """Logits (B, T, V), or (M, V) where pick (B, T) is True (only the masked positions are worth the head), aux.
+        A classifier's are (B, 1, n_classes), or (M, n_classes) with pick (B, 1)."""
         h, aux = self.encode(x, live, domain)
+        if self.classifier is not None:
+            live = torch.ones_like(x, dtype=torch.bool) if live is None else live
+            h = ((h * live[..., None]).sum(1) / live.sum(1, keepdim=True).clamp(min=1))[:, None]  # (B, 1, D)
+            return self.classifier(h if pick is None else h[pick]), aux
         h = h if pick is None else h[pick]
         return self.head(self.ln(F.gelu(self.dense(h)))), aux
-
-    def classify(self, x, live=None, domain=None):
-        """Class logits (B, n_classes) from the mean over live positions, aux."""
-        h, aux = self.encode(x, live, domain)
-        live = torch.ones_like(x, dtype=torch.bool) if live is None else live
-        mean = (h * live[..., None]).sum(1) / live.sum(1, keepdim=True).clamp(min=1)
-        return self.classifier(mean), aux
 
 
 class Translator(Model):

@@ -5,6 +5,7 @@ Train a mixture-of-experts Transformer: the manual.
     python train.py --gate=hash                         another gate: every class of router.py, by its name
     python train.py --n_experts=1                       the dense model of the same active size
     python train.py --objective=roberta                 masked language modelling
+    python train.py --objective=classify --init_from=out   fine-tune that RoBERTa: which package is a passage from?
     python train.py --objective=translation             encoder-decoder
     torchrun --nproc_per_node=2 train.py                the same run on two processes, experts spread over them
     python train.py --init_from=resume                  continue after Ctrl-C, a kill or a crash, bit for bit (CPU)
@@ -57,7 +58,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 @dataclass
 class Config:
     # What to learn
-    objective: str = "gpt"  # gpt, roberta or translation
+    objective: str = "gpt"  # gpt, roberta, classify (fine-tuning a RoBERTa) or translation
     dataset: str = ""  # a folder under data/; "" means stdlib (gpt, roberta) or grammar (translation): no download
     # The Transformer
     n_layer: int = 4  # blocks (in encoder and decoder each, for translation)
@@ -114,7 +115,7 @@ class Config:
     log_every: int = 10  # steps between lines
     save_every: int = 200  # steps between checkpoints; one is always written at the end
     out_dir: str = "out"  # checkpoints and log
-    init_from: str = "scratch"  # scratch; resume (the newest checkpoint in out_dir); out_dir of a dense run; gpt2
+    init_from: str = "scratch"  # scratch; resume (the newest checkpoint in out_dir); out_dir of a dense run, or of a RoBERTa to fine-tune; gpt2
     eval_only: bool = False  # evaluate the newest checkpoint and leave
     sample: str = ""  # a prompt for the newest checkpoint, then leave
     sample_tokens: int = 120  # how much to sample
@@ -135,6 +136,8 @@ class Config:
 DEFAULTS = {
     "gpt": dict(dataset="stdlib"),
     "roberta": dict(dataset="stdlib"),
+    # GLUE's place in the paper, on data that every Python has. Without --init_from it learns from scratch, to compare
+    "classify": dict(dataset="stdlib/packages", max_steps=200, learning_rate=5e-4, dropout=0.1, out_dir="out-classify"),
     "translation": dict(dataset="grammar", block_size=64, batch_size=64, label_smoothing=0.1, n_layer=2),
 }
 
@@ -310,8 +313,11 @@ def mask_tokens(x, corpus, rng, share=0.15):
 
 
 def text_batch(corpus, split, starts, cfg, rng):
-    """GPT: predict the next token. RoBERTa: predict masked tokens."""
+    """GPT: predict the next token. RoBERTa: predict masked tokens. Classification: y (B, 1) is the domain, which the
+    gates then must not be told."""
     window, domain = blocks(corpus, split, starts, cfg)
+    if cfg.objective == "classify":
+        return dict(x=window[:, :-1], y=domain[:, :1].clone())
     if cfg.objective == "gpt":
         return dict(x=window[:, :-1], y=window[:, 1:].clone(), domain=domain)
     x, y = mask_tokens(window[:, :-1], corpus, rng)
@@ -386,15 +392,19 @@ def eval_batches(corpus, split, cfg):
 # Model, loss, evaluation
 
 
-def build_model(cfg, corpus, mesh, n_experts):
-    """The model of an objective with n_experts experts per MoE layer (the curriculum changes that number)."""
+def build_model(cfg, corpus, mesh, n_experts, n_domains=0):
+    """The model of an objective with n_experts experts per MoE layer (the curriculum changes that number). n_domains: of
+    the corpus that a classifier was pre-trained on."""
     cfg = dataclasses.replace(cfg, n_experts=n_experts)
     more = dict(mesh=mesh, counts=corpus.counts() if "counts" in inspect.signature(gates()[cfg.gate]).parameters else None)
     if cfg.objective == "translation":
         model = Translator(cfg, corpus.V, n_domains=2, pad_id=corpus.tok.pad, **more)
     else:
-        more["n_domains"] = len(corpus.domains("train"))
-        model = GPT(cfg, corpus.V, **more) if cfg.objective == "gpt" else RoBERTa(cfg, corpus.V, mask_id=corpus.tok.mask, **more)
+        labels = len(corpus.domains("train"))
+        more["n_domains"] = labels if cfg.objective != "classify" else n_domains or 1
+        if cfg.objective != "gpt":
+            more |= dict(mask_id=corpus.tok.mask, n_classes=labels if cfg.objective == "classify" else 0)
+        model = (GPT if cfg.objective == "gpt" else RoBERTa)(cfg, corpus.V, **more)
     return model.to(mesh.device)
 
 
@@ -462,8 +472,8 @@ def loss_weights(model):
 
 @torch.no_grad()
 def evaluate(model, corpus, split, cfg, mesh, autocast):
-    """Held-out task loss. -> {"loss": nats per target, "bpb": bits per byte of the original text (not for RoBERTa),
-    "accuracy", "loss_DOMAIN"}. Collective: every rank calls it and gets the same numbers."""
+    """Held-out task loss. -> {"loss": nats per target, "accuracy", "bpb": bits per byte of the original text (GPT and
+    translation), "loss_DOMAIN"}. Collective: every rank calls it and gets the same numbers."""
     model.eval()
     names = [name for name, _, _ in corpus.domains(split)] if corpus.meta["kind"] == "text" else ["all"]
     total = torch.zeros(len(names), 3, dtype=torch.float64, device=mesh.device)  # loss, correct, targets per domain
@@ -476,17 +486,24 @@ def evaluate(model, corpus, split, cfg, mesh, autocast):
             logits = model(**inputs, pick=pick)[0].float()
         y = batch["y"][pick]
         values = torch.stack([F.cross_entropy(logits, y, reduction="none"), (logits.argmax(1) == y).float(), torch.ones_like(y, dtype=torch.float)], 1)
-        domain = batch["domain"][pick] if "domain" in batch else torch.zeros_like(y)
+        domain = batch["domain"][pick] if "domain" in batch else y if cfg.objective == "classify" else torch.zeros_like(y)
         total.index_add_(0, domain, values.double())
     model.train()
     total = mesh.all_reduce(total)
     loss, correct, n = total.sum(0).tolist()
     result = {"loss": loss / n, "accuracy": correct / n}
-    if cfg.objective != "roberta":
+    if cfg.objective in ("gpt", "translation"):
         result["bpb"] = loss / n / math.log(2) / corpus.bytes_per_token(split)
     if len(names) > 1:
         result |= {f"loss_{name}": (l / max(c, 1)) for name, (l, _, c) in zip(names, total.tolist())}
     return result
+
+
+def majority(corpus, split, cfg):
+    """The share of the most frequent class among the passages of a split: the accuracy of always guessing that one."""
+    ends = [end for _, _, end in corpus.domains(split)]
+    classes = np.searchsorted(ends, eval_starts(corpus, split, dataclasses.replace(cfg, eval_batches=0)), side="right")
+    return np.bincount(classes).max() / len(classes)
 
 
 def unigram_loss(corpus, split):
@@ -507,6 +524,8 @@ def show_sample(model, corpus, cfg, mesh, prompt, autocast):
         text = translate(model, corpus, [ids + [corpus.tok.eot]], cfg, mesh, autocast)[0]
     elif cfg.objective == "roberta":
         text = fill_prompt(model, corpus, cfg, mesh, prompt, autocast) if prompt is not None else fill_held_out(model, corpus, cfg, mesh, autocast)
+    elif cfg.objective == "classify":
+        text = show_classes(model, corpus, cfg, mesh, prompt, autocast)
     else:
         text = continue_text(model, corpus, cfg, mesh, prompt, autocast)
     model.train()
@@ -569,6 +588,25 @@ def fill_held_out(model, corpus, cfg, mesh, autocast):
         ids = [corpus.tok.mask if i in hidden else token for i, token in enumerate(truth)]
         texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n" + fill_masks(model, corpus, ids, mesh, autocast, truth))
     return "\n\n".join(texts)
+
+
+def show_classes(model, corpus, cfg, mesh, prompt, autocast):
+    """The likeliest classes of the prompt, or of a held-out passage of each class."""
+    names, split = [name for name, _, _ in corpus.domains("train")], "val" if "val" in corpus.splits else "test"
+    if prompt is not None:
+        passages = {"": corpus.tok.encode(prompt)}
+        check_prompt(prompt, passages[""], cfg.block_size)
+    else:
+        middle = {name: (start + end) // 2 for name, start, end in corpus.domains(split)}
+        passages = {name: corpus.splits[split][i : i + cfg.block_size].tolist() for name, i in middle.items()}
+    text = []
+    for name, ids in passages.items():
+        with autocast:
+            p = model(torch.tensor([ids], device=mesh.device))[0][0, 0].float().softmax(0)
+        best = p.argsort(descending=True)[:3].tolist()
+        quote = f"   {corpus.tok.decode(ids)[:80]!r} ..." if name else ""
+        text.append(f"{name:16}-> " + "  ".join(f"{names[i]} {100 * p[i]:.0f} %" for i in best) + quote)
+    return "\n".join(text)
 
 
 def translate(model, corpus, sentences, cfg, mesh, autocast):
@@ -674,7 +712,7 @@ def save_checkpoint(model, optimizer, cfg, step, mesh, saved=None):
     state = dist.full_state(model, optimizer, mesh)
     if not all(t.isfinite().all() for t in state["model"].values()):  # the same on every rank
         raise diverged("the weights are", step, saved)
-    state |= {"step": step, "config": dataclasses.asdict(cfg), "launch": os.getppid()}
+    state |= {"step": step, "config": dataclasses.asdict(cfg), "launch": os.getppid(), "n_domains": model.n_domains}
 
     def write():
         dist.save(os.path.join(cfg.out_dir, f"ckpt_{step:06d}.pt"), state)
@@ -690,9 +728,8 @@ def check_flags(given, fields, where):
         raise ValueError(f"{where} is from another config: {', '.join(differ)}; drop these flags or choose another --out_dir")
 
 
-def load_checkpoint(given, mesh):
+def load_checkpoint(given, mesh, out_dir):
     """The newest intact checkpoint in out_dir. Flags that would change the model must agree with it."""
-    out_dir = given.get("out_dir", Config.out_dir)
     path = on_main(mesh, lambda: dist.latest(out_dir))
     if path is None:
         raise ValueError(f"no checkpoint (ckpt_*.pt) in {out_dir}: train first, or name another --out_dir")
@@ -711,6 +748,19 @@ def began_here(out_dir):
     return path is not None and dist.load(path).get("launch") == os.getppid()
 
 
+def load_pretrained(given, mesh, out_dir):
+    """The newest checkpoint of a RoBERTa to fine-tune -> its state, the fields of its config that the classifier takes
+    over. Its curriculum is over: the gates stay as they are at its end."""
+    others = {name: value for name, value in given.items() if name not in ("objective", "dataset")}
+    path, state = load_checkpoint(others, mesh, out_dir)
+    if state["config"]["objective"] != "roberta":
+        raise ValueError(f"--init_from={out_dir}: {path} is a model for {state['config']['objective']}, fine-tuning needs --objective=roberta")
+    fields = ("n_layer n_head n_embd n_hidden block_size bias activation moe_every gate k gate_args capacity_factor "
+              "eval_capacity_factor drop_order expert_hidden tau_max tau_min tau_until hard_at seed").split()  # fmt: skip
+    n_experts = 1 if evomoe.is_dense(state) else state["config"]["n_experts"]
+    return state, {name: state["config"][name] for name in fields} | {"n_experts": n_experts}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -718,15 +768,17 @@ def began_here(out_dir):
 def prepare(cfg, mesh):
     """The corpus of this run; the ones that need no download are prepared on the way."""
     folder = cfg.dataset if os.path.isdir(cfg.dataset) else os.path.join(HERE, "data", cfg.dataset)
-    if not os.path.isdir(folder):
+    script = cfg.dataset.split("/")[0]  # stdlib/packages is made by data/stdlib/prepare.py
+    if not os.path.isdir(folder) and not os.path.isdir(os.path.join(HERE, "data", script)):
         have = sorted(d for d in os.listdir(os.path.join(HERE, "data")) if os.path.exists(os.path.join(HERE, "data", d, "prepare.py")))
         raise ValueError(f"--dataset={cfg.dataset}: no such folder; there are: {', '.join(have)}")
 
     def make():
-        if cfg.dataset in ("stdlib", "grammar") and not os.path.exists(os.path.join(folder, "meta.json")):
-            print(f"preparing data/{cfg.dataset} (a few seconds, once)", flush=True)
-            if subprocess.run([sys.executable, os.path.join(folder, "prepare.py")]).returncode:
-                raise ValueError(f"data/{cfg.dataset}/prepare.py failed: see above")
+        parent = os.path.join(HERE, "data", script)
+        if script in ("stdlib", "grammar") and not os.path.exists(os.path.join(parent, "meta.json")):
+            print(f"preparing data/{script} (a few seconds, once)", flush=True)
+            if subprocess.run([sys.executable, os.path.join(parent, "prepare.py")]).returncode:
+                raise ValueError(f"data/{script}/prepare.py failed: see above")
 
     on_main(mesh, make)
     corpus = Corpus(folder)
@@ -748,7 +800,7 @@ def check_device(name):
 
 def check_causality(model, cfg, say):
     """Refuse gates that look at later tokens even at evaluation; say it in one line when training does."""
-    if cfg.n_experts == 1 or cfg.objective == "roberta":
+    if cfg.n_experts == 1 or cfg.objective in ("roberta", "classify"):
         return
     gate = model.gates()[0] if model.gates() else gates()[cfg.gate]  # before the spawn there are none yet
     if gate.causal == "never" and not cfg.insist:
@@ -763,25 +815,30 @@ def main(argv):
     check_device(given.get("device", ""))
     resume = given.get("init_from") == "resume" or given.get("eval_only") or given.get("sample") is not None
     cfg = configure(given)  # the first errors come before anything is started
-    sizes = (1, 0) if resume else (cfg.n_experts, cfg.ep)  # a checkpoint says later how many experts there are
+    tune = cfg.objective == "classify" and cfg.init_from != "scratch"
+    sizes = (1, 0) if resume or tune else (cfg.n_experts, cfg.ep)  # a checkpoint says later how many experts there are
     mesh = dist.init(*sizes, cfg.ranks_per_node, cfg.timeout, cfg.device or None, cfg.two_level)
     say = print if mesh.main else lambda *a, **k: None
-    state, first = None, 0
+    state, pretrained, first = None, None, 0
     if not resume and on_main(mesh, lambda: began_here(cfg.out_dir)):
         given["init_from"], resume = "resume", True
     if resume:
-        path, state = load_checkpoint(given, mesh)
+        path, state = load_checkpoint(given, mesh, cfg.out_dir)
         of_this_start = "init_from eval_only sample device ep ranks_per_node two_level timeout".split()
         known = {f.name for f in dataclasses.fields(Config)} - set(of_this_start)
         cfg, first = configure(given, {name: v for name, v in state["config"].items() if name in known}), state["step"]
-        if mesh.world > 1:
-            mesh = dist.make_mesh(mesh.rank, mesh.world, cfg.n_experts, cfg.ep, mesh.local, mesh.device, cfg.two_level, cfg.timeout)
         say(f"loaded {path} (step {first})")
+    elif tune:
+        pretrained, fields = load_pretrained(given, mesh, cfg.init_from)
+        cfg = configure(given, fields)
+        say(f"fine-tuning the RoBERTa of {cfg.init_from}")
     elif evomoe.starts_trained(cfg):
         fields, start = evomoe.trained(cfg.init_from)
         check_flags(given, fields, cfg.init_from)
         cfg = configure(given, fields)
         say(f"starting from the weights of {cfg.init_from}")
+    if mesh.world > 1 and (state or pretrained):
+        mesh = dist.make_mesh(mesh.rank, mesh.world, cfg.n_experts, cfg.ep, mesh.local, mesh.device, cfg.two_level, cfg.timeout)
     if cfg.distill and not cfg.teacher:
         cfg.teacher = cfg.init_from
     if (cfg.batch_size // cfg.grad_accum) % mesh.world:
@@ -793,18 +850,23 @@ def main(argv):
     torch.manual_seed(cfg.seed)
 
     dense = evomoe.is_dense(state) if state else evomoe.starts_dense(cfg)
-    model = build_model(cfg, corpus, mesh, 1 if dense else cfg.n_experts)
+    n_domains = (state or pretrained or {}).get("n_domains", 0)
+    model = build_model(cfg, corpus, mesh, 1 if dense else cfg.n_experts, n_domains)
     check_causality(model, cfg, say)
     optimizer = make_optimizer(model, cfg)
     if state:
         dist.load_state(model, optimizer, state, mesh)
+    elif pretrained:
+        head = {name: t for name, t in dist.named_tensors(model).items() if name.startswith("classifier")}
+        dist.load_state(model, None, {"model": pretrained["model"] | head}, mesh)
     elif evomoe.starts_trained(cfg):
         evomoe.load_weights(model, start, mesh)
     teacher = None
     if cfg.distill:
         teacher = build_model(cfg, corpus, mesh, 1).eval().requires_grad_(False)
         evomoe.load_weights(teacher, evomoe.trained(cfg.teacher)[1], mesh)
-    evomoe.set_phase(model, first, cfg)
+    at = lambda step: cfg.max_steps if cfg.objective == "classify" else step  # fine-tuning: the curriculum is over
+    evomoe.set_phase(model, at(first), cfg)
     total, active = model.n_params()
     say(f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per token, "
         f"{cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {device.type}, {dtype}")  # fmt: skip
@@ -859,7 +921,10 @@ def main(argv):
             signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
 
     val = "val" if "val" in corpus.splits else "test"
-    say(f"to beat: {unigram_loss(corpus, val):.3f}, the loss of guessing tokens by frequency")
+    if cfg.objective == "classify":
+        say(f"to beat: accuracy {majority(corpus, val, cfg):.4f}, the share of the most frequent class")
+    else:
+        say(f"to beat: {unigram_loss(corpus, val):.3f}, the loss of guessing tokens by frequency")
     model.train()
     compiled = lambda m: torch.compile(m) if cfg.compile and not cfg.distill else m  # a teacher watches through hooks
     net, weights = compiled(model), loss_weights(model)
@@ -874,7 +939,7 @@ def main(argv):
             evomoe.spawn(model, optimizer, grown, new, cfg, score)
             model, optimizer, net, weights, dense = grown, new, compiled(grown), loss_weights(grown), False
             say(f"step {step:5d} | one expert per layer becomes {cfg.n_experts} ({cfg.spawn}): {model.n_params()[0] / 1e6:.2f} M parameters")
-        evomoe.set_phase(model, step, cfg)
+        evomoe.set_phase(model, at(step), cfg)
         lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr

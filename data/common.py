@@ -274,7 +274,11 @@ def write_pairs(folder, tok, langs, splits, source):
 # Reading
 
 def prepare_hint(folder):
-    name = os.path.basename(os.path.abspath(folder))
+    folder = os.path.abspath(folder)
+    parent = os.path.dirname(folder)
+    if os.path.exists(os.path.join(parent, "prepare.py")):
+        folder = parent                             # a script's second corpus lies in its folder
+    name = os.path.basename(folder)
     return f"run python data/{name}/prepare.py"
 
 
