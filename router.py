@@ -466,15 +466,16 @@ def balanced_assignment(scores, eps=0.05, rounds=128):
     Two steps, both in units of sigma, the standard deviation of the scores once row and column means are taken away
     (those do not change the best assignment):
     1. Prices. A dozen Sinkhorn passes at falling temperature find what each expert must cost for the demand to be
-       even (the dual of the assignment problem): the argmax of score - price leaves about 1 % of the tokens in excess.
+       even (the dual of the assignment problem): the argmax of score - price leaves about 1 % in excess.
        The N % E additional seats go to the dearest experts.
     2. Auction (Bertsekas) from these prices. A token without a seat offers its best expert all that it gains over its
        second best, plus eps; a full expert keeps the highest bids and its price is the lowest of them.
     When at most N (r + 8) / 4096 tokens are left after r rounds, full experts close and the rest take the best of what
     is free; after `rounds` they take what is free in order. So the sizes hold always: with ties, equal rows, scores
-    that are not finite (taken as the lowest finite one). If nobody is left to the closing (always seen for N < 256)
-    the sum is within 2 N eps sigma of the optimum: eps from the auction, eps from the ripple below. Measured: 0.01
-    N sigma or less. One wait for the device per round; 5 to 10 rounds, up to 80 when tokens repeat."""
+    that are not finite (taken as the lowest finite one). If nobody is left to the closing, the sum is within
+    2 N eps sigma of the optimum for these seats: eps from the auction, eps from the ripple below. Measured in all
+    cases: 0.005 N sigma as a rule, 0.06 at worst. One wait for the device per round; 5 to 10 rounds, more when tokens
+    repeat. At N = 8192, E = 64 on one core 50 ms (repeated tokens 130), where a whole TopK gate takes 28."""
     N, E = scores.shape
     if E == 1 or N == 0:
         return torch.zeros(N, dtype=torch.long, device=scores.device)
@@ -524,10 +525,10 @@ def orthogonal(E, D):
 
 
 class BASE(Gate):
-    """BASE layers (arXiv:2103.16716, section 3): tokens are dealt out, no expert can be crowded, no auxiliary loss.
+    """BASE layers (arXiv:2103.16716): tokens are dealt out, no expert can be crowded, no auxiliary loss.
 
-        s = x W^T,   a = argmax over assignments of sum_n s[n, a_n] with N / E tokens per expert    training, eq. 2
-                     a_n = argmax_e s[n, e]                                                         evaluation
+        s = x W^T,   a = argmax over assignments of sum_n s[n, a_n] with N / E tokens per expert      training
+                     a_n = argmax_e s[n, e]                                                           evaluation
         y_n = sigmoid(s[n, a_n]) FFN_a(x_n)
 
     Uses content. Not causal in training: who gets a seat depends on later tokens (hence greedy at evaluation). Each
@@ -554,12 +555,12 @@ class BASE(Gate):
 
 
 class StableMoE(Gate):
-    """StableMoE (arXiv:2204.08396, section 3): learn a routing, distil it into the token ids, then never change it.
+    """StableMoE (arXiv:2204.08396): learn a routing, distil it into the token ids, then never change it.
 
         s = x W^T
         stage 1   a_n = argmax_e s[n, e],              y_n = sigmoid(s[n, a_n]) FFN_a(x_n)
-                  balance = mean_n (load_a / mean load - 1) sigmoid(s[n, a_n])                       weight 0.3, eq. 5
-                  distill = mean_n -log softmax(words[id_n] What^T)[a_n]                             weight 1, eq. 8
+                  balance = mean_n (load_a / mean load - 1) sigmoid(s[n, a_n])                       weight 0.3
+                  distill = mean_n -log softmax(words[id_n] What^T)[a_n]                             weight 1
         stage 2   a_n = argmax_e (words[id_n] What^T)_e, the same y (W and the experts go on learning), no losses
 
     Stage 1 uses content, stage 2 and every evaluation only the token id, also evaluation in stage 1 (the authors' code;
@@ -595,7 +596,8 @@ class StableMoE(Gate):
         stage1 = self.training and bool(self.stage == 1)
         a = learned if stage1 else known
         w = s.gather(1, a[:, None]).sigmoid()  # (N, 1)
-        aux = {"agreement": batch.mean((learned == known).to(s.dtype)), "balance": w.new_zeros(()), "distill": w.new_zeros(())}
+        zero, agreement = w.new_zeros(()), batch.mean((learned == known).to(s.dtype))
+        aux = {"agreement": agreement, "balance": zero, "distill": zero}
         if stage1:
             load = self.E * batch.mean(F.one_hot(a, self.E).to(s.dtype))
             aux["balance"] = batch.mean((load[a] - 1) * w[:, 0])
@@ -604,10 +606,10 @@ class StableMoE(Gate):
 
 
 def smooth_step(t, gamma):
-    """S(t): 0 below -gamma/2, 1 above gamma/2, in between the cubic that joins them with a continuous slope (DSelect-k,
-    eq. 4). gamma is the width of the soft band. Outside it value and gradient are exact: 0 or 1, and 0."""
+    """S(t): 0 below -gamma/2, 1 above gamma/2, in between the cubic that joins them with a continuous slope
+    (arXiv:2106.03760). gamma is the width of the soft band. Outside it value and gradient are exact: 0 or 1, and 0."""
     t = (t / gamma).clamp(-0.5, 0.5)
-    return (t * (1.5 - 2 * t * t) + 0.5).clamp(0, 1)  # the second clamp removes rounding below 0
+    return (t * (1.5 - 2 * t * t) + 0.5).clamp(0, 1)  # the second clamp: a fused multiply-add may round below 0
 
 
 def entropy(p):
@@ -616,7 +618,7 @@ def entropy(p):
 
 
 class DSelectK(Gate):
-    """DSelect-k (arXiv:2106.03760, sections 3 and 4): k selectors, each spells an expert number in m = ceil(log2 E) bits.
+    """DSelect-k (arXiv:2106.03760): k selectors, each spells an expert number in m = ceil(log2 E) bits.
 
         z = x W^T + b  (k, m),   s = S(z)                                   S: smooth_step, soft while |z| < gamma / 2
         r_j(e) = product over bits t of s_jt if bit t of e is set, else 1 - s_jt      most significant bit first
@@ -627,7 +629,7 @@ class DSelectK(Gate):
     is no power of two, so rows of G sum to 1 or less; they are not renormalised.
         entropy     mean_n sum_j H(r_j), hardens the bits. Authors' code: 1e-6 times the sum over the batch; we take
                     the mean, as COMET does, with 0.01 (the same at 10k tokens)
-        reciprocal  mean_n sum_j 1 / (1e-6 + sum_e r_j(e)), weight 1, pulls mass off the unused codes; k at best.
+        reciprocal  mean_n sum_j 1 / (1e-6 + sum_e r_j(e)), weight 1, pulls mass off unused codes, if any; k at best.
                     The authors' code has a sum and no 1e-6: infinite for a selector wholly on an unused code
     z starts in U(+-gamma/100), weights and bias, so that no bit is saturated; weight decay on W softens the gate.
     """
@@ -651,7 +653,9 @@ class DSelectK(Gate):
         for t in range(self.bits):
             r = torch.stack([r * (1 - s[..., t, None]), r * s[..., t, None]], -1).flatten(2)
         r = r[..., : self.E]
-        aux = {"entropy": batch.mean(entropy(r).sum(1)), "reciprocal": batch.mean((1 / (1e-6 + r.sum(2))).sum(1))}
+        aux = {"entropy": batch.mean(entropy(r).sum(1))}
+        if self.E < 2**self.bits:
+            aux["reciprocal"] = batch.mean((1 / (1e-6 + r.sum(2))).sum(1))
         return Routing((mix.softmax(1)[..., None] * r).sum(1), aux)
 
 
@@ -695,6 +699,7 @@ class COMET(Gate):
     The authors' code adds 1e-8 to p inside a logarithm; we multiply by p, which needs no logarithm and keeps zeros
     exact. It is otherwise the per-example gate of their code (its last release does not run: its leaf scores read a
     missing attribute). W, b start in U(+-gamma/100), V, c in U(+-0.05); weight decay on W softens the gate.
+    (2E - 1) k logits per token instead of E: at E = 64, k = 2 the gate costs 4.7 times a TopK gate.
     """
 
     def __init__(self, D, E, k=2, gamma=1.0, entropy=0.1):
@@ -748,14 +753,23 @@ class Permuted(nn.Module):
         search, it < T     P = Sinkhorn(L / tau), L (E, E) learned with everything else; evaluation uses a hard P
         from it = T on     P a permutation, frozen; no cost but a reordering of columns
 
-    Wraps any gate and stands in its place: same k, causal, drop_order, weights, aux, calls. it = step + 1; T is the share
-    `search` of the run (`steps`); the authors search 1 to 10 of 100 epochs. During the search every expert sees every
-    token: use no capacity. Evaluation before the first step uses the identity. After T, L leaves training as in
-    StableMoE. Extra loss "permutation" = H(P) + H(P / row sums), weight 1e-4. One P for all trees, as in all their
-    configurations; no Gumbel noise, likewise. Rows of G keep their sums.
+    Wraps any gate and stands in its place: same k, causal, drop_order, weights, aux, calls. It uses what that gate
+    uses. it = step + 1; T is the share `search` of the run (`steps`); the authors search 1 to 10 of 100 epochs. During
+    the search every expert sees every token: use no capacity. Evaluation before the first step uses the identity.
+    After T, L leaves training as in StableMoE. Extra loss "permutation" = H(P) + H(P / row sums), weight 1e-4. One P
+    for all trees, as in all the authors' configurations, and like them no Gumbel noise. Rows of G keep their sums.
 
-    schedule="official": log10 tau -3 -> -7, 20 -> 150 iterations, columns last, hard P = best assignment of the soft P.
-    schedule="corrected" (default): log10 tau -1.3 -> -3, rows last, hard P = best assignment of L itself.
+    schedule="official": log10 tau -3 -> -7, 20 -> 150 iterations, columns last, hard P = best assignment of the soft P;
+    "corrected" (default): log10 tau -1.3 -> -3, 20 -> 150, rows last, hard P = best assignment of L itself. Measured:
+                                                                             official            corrected
+        error of the free sums of soft P, median of 200 fresh L, E = 4       .04 -> .005         1e-7 -> .004
+        (start -> end of the search)                          E = 8, 16      .12 -> 1            1e-7 -> .008
+        hard P is the best assignment of L at the end, E = 4, 8, 16          67, 21, 1 %         100 % (by definition)
+        fixed gate, fixed experts in an unknown order: matched, E = 4, 8     35, 21 %            100, 100 %
+        COMET and linear experts both learning: error (.044 without P)       .045 +- .005        .047 +- .006
+    So the corrected search finds an order that matters, the official one hardly beats chance (25, 13 %); where experts
+    are still free to adapt to the gate, as from scratch, neither beats no search at all.
+    The last iterations take 80 ms per layer and step on one CPU core (E = 64), the first 5 to 15.
     """
 
     def __init__(self, gate, steps=1, search=0.05, schedule="corrected", zeta=1e-4):

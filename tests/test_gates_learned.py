@@ -134,7 +134,7 @@ def test_comet_saturated(E, k):
     p = tree_leaves(h)  # one-hot
     alpha = ((x @ gate.leaf.T + gate.leaf_bias).unflatten(1, (k, E)) * p).sum(2).softmax(1)
     assert torch.allclose(r.G, (alpha[..., None] * p).sum(1), atol=1e-6)
-    assert ((r.G > 0).sum(1) <= k).all() and abs(float(r.aux["entropy"])) < 1e-4
+    assert ((r.G > 0).sum(1) <= k).all() and abs(float(r.aux["entropy"].detach())) < 1e-4
     total_loss(gate, r).backward()
     assert (gate.split.grad == 0).all() and (gate.split_bias.grad == 0).all()  # exactly: the flat part of S
     if k == 1:
@@ -195,7 +195,7 @@ def test_dselectk_by_enumeration(E, k):
     assert torch.allclose(r.G, want, atol=1e-6)
     power = E & (E - 1) == 0
     assert torch.allclose(r.G.sum(1), torch.ones(7)) == power and bool((r.G.sum(1) < 1 + 1e-5).all())
-    assert float(r.aux["reciprocal"].detach()) == pytest.approx(k, rel=1e-5) if power else r.aux["reciprocal"] > k
+    assert ("reciprocal" not in r.aux) if power else r.aux["reciprocal"] > k
     total_loss(gate, r).backward()
     assert (gate.mix.grad.abs().max() == 0) == (k == 1)  # one selector: its softmax is the constant 1
 
@@ -211,7 +211,7 @@ def test_dselectk_static_and_codes():
     gate = DSelectK(D, 6, k=1, static=True)
     gate.bias.fill_(5.0)  # 111: there is no expert 7
     r = gate(x, ids)
-    assert (r.G == 0).all() and float(r.aux["reciprocal"]) == pytest.approx(1e6)
+    assert (r.G == 0).all() and float(r.aux["reciprocal"].detach()) == pytest.approx(1e6)
 
 
 @pytest.mark.parametrize("make", [COMET, DSelectK])
@@ -309,7 +309,7 @@ def test_base_gate():
     counts = (r.G > 0).sum(0)
     assert ((r.G > 0).sum(1) == 1).all() and counts.max() == 9 and counts.min() == 8
     assert torch.allclose(r.G.sum(1), s.gather(1, a[:, None])[:, 0].sigmoid())
-    assert float(r.aux["greedy_load"]) == pytest.approx(5 * float(s.argmax(1).bincount().max()) / 43)
+    assert float(r.aux["greedy_load"].detach()) == pytest.approx(5 * float(s.argmax(1).bincount().max()) / 43)
     r.G.sum().backward()  # the sigmoid is the only way to W
     w = r.G.sum(1).detach()
     want = torch.zeros(5, D).index_add(0, a, (w * (1 - w))[:, None] * x)
@@ -329,7 +329,7 @@ def test_base_deals_out_each_group_by_itself():
     gate, (x, ids) = BASE(D, 4), data(50)
     G = gate(x, ids, Batch(50, sizes=[16, 33, 1])).G
     for rows, part in zip(x.split([16, 33, 1]), G.split([16, 33, 1])):
-        assert torch.equal(part, gate(rows, None).G)
+        assert torch.allclose(part, gate(rows, None).G, atol=1e-6)
         assert (part > 0).sum(0).max() - (part > 0).sum(0).min() <= 1
 
 
@@ -354,13 +354,13 @@ def test_stablemoe_stages():
         chosen[step] = r.G.argmax(1)
         w = (x @ gate.weight.T).gather(1, chosen[step][:, None]).sigmoid()[:, 0]
         assert torch.allclose(r.G.sum(1), w)  # in both stages the weight comes from the content
-        assert (float(r.aux["distill"]) == 0) == (float(r.aux["balance"]) == 0) == (step >= 10)
+        assert bool(r.aux["distill"] == 0) == bool(r.aux["balance"] == 0) == (step >= 10)
     assert torch.equal(chosen[0], content) and torch.equal(chosen[9], content)
     assert torch.equal(chosen[10], known) and torch.equal(chosen[99], known)
     gate.set_step(0)
     gate.eval()
     assert torch.equal(gate(x, ids).G.argmax(1), known)  # the distilled router evaluates, in stage 1 too
-    assert float(gate(x, ids).aux["agreement"]) == pytest.approx(float((content == known).float().mean()))
+    assert float(gate(x, ids).aux["agreement"].detach()) == pytest.approx(float((content == known).float().mean()))
 
 
 def test_stablemoe_balance_loss():
@@ -370,7 +370,7 @@ def test_stablemoe_balance_loss():
         gate.weight.copy_(torch.eye(4, D))
     r = gate(x, torch.zeros(8, dtype=torch.long))
     p = 1 / (1 + math.exp(-1))  # loads 5, 1, 1, 1 of mean 2: factors 1.5 and -0.5
-    assert float(r.aux["balance"]) == pytest.approx((5 * 1.5 * p - 3 * 0.5 * p) / 8, rel=1e-5)
+    assert float(r.aux["balance"].detach()) == pytest.approx((5 * 1.5 * p - 3 * 0.5 * p) / 8, rel=1e-5)
     r.aux["balance"].backward()
     slope = gate.weight.grad.diagonal()
     assert slope[0] == pytest.approx(5 * 1.5 * p * (1 - p) / 8, rel=1e-4) and (slope[1:] < 0).all()
@@ -384,7 +384,9 @@ def test_stablemoe_distillation_touches_only_the_distilled_router():
     r = gate(x, ids)
     content = (x @ gate.weight.T).argmax(1)
     logp = (gate.words[ids] @ gate.what.T).log_softmax(1)
-    assert float(r.aux["distill"].detach()) == pytest.approx(-float(logp.gather(1, content[:, None]).mean()), rel=1e-5)
+    assert float(r.aux["distill"].detach()) == pytest.approx(
+        -float(logp.gather(1, content[:, None]).mean().detach()), rel=1e-5
+    )
     r.aux["distill"].backward()
     assert x.grad is None and gate.weight.grad is None
     assert gate.words.grad.abs().max() > 0 and gate.what.grad.abs().max() > 0
@@ -407,10 +409,14 @@ def test_stablemoe_learns_then_freezes():
     gate, ids = stable(), torch.randint(V, (200,))
     x = torch.randn(V, D)[ids]
     optimizer = torch.optim.AdamW(gate.parameters(), lr=0.05, weight_decay=0.1)
-    before = float(gate(x, ids).aux["agreement"])
+    before = float(gate(x, ids).aux["agreement"].detach())
     train(gate, optimizer, range(10), x, ids)
-    after = float(gate(x, ids).aux["agreement"])
+    after = float(gate(x, ids).aux["agreement"].detach())
     assert after > max(before, 0.8)
+    gate(x, ids).aux["distill"].backward()
+    gate.set_step(10)
+    assert gate.words.grad is None and gate.what.grad is None  # a gradient left over from stage 1 is gone
+    gate.set_step(9)
     frozen, weight = (gate.words.clone(), gate.what.clone()), gate.weight.clone()
     chosen = gate.eval()(x, ids).G > 0
     gate.train()
@@ -467,6 +473,8 @@ def test_permutation_multiplies_on_the_right(schedule):
         assert torch.equal(got, G @ P) and not torch.equal(got, G @ P.T)
     gate.train()
     assert torch.equal(gate(x, ids).G, G @ P)  # step 50: frozen in training too
+    soft = with_cycle(permuted(gate.gate, schedule=schedule))
+    assert torch.allclose(soft(x, ids).G, G @ P, atol=1e-3) and float(soft(x, ids).aux["permutation"].detach()) < 0.1
     experts = torch.randn(5, D)  # permuting columns of G is the same as feeding the experts in another order
     assert torch.allclose(got @ experts, G @ experts[CYCLE], atol=1e-6)
 
@@ -487,7 +495,7 @@ def test_permutation_is_soft_before_T_and_hard_from_T(schedule):
             with torch.no_grad():
                 gate.logits += 0.01 * torch.randn(5, 5)
         else:
-            assert gate.logits.grad is None and not gate.logits.requires_grad and float(r.aux["permutation"]) == 0
+            assert gate.logits.grad is None and not gate.logits.requires_grad and float(r.aux["permutation"].detach()) == 0
             assert torch.equal(r.G, plain[:, gate.source])
     frozen = gate.source.clone()
     assert frozen.sort().values.equal(torch.arange(5))
@@ -544,6 +552,7 @@ def test_permutation_resumes(schedule, step):
     train(gate, optimizer, range(step + 1), x, ids)
     resumed = permuted(schedule=schedule)
     resumed.load_state_dict(gate.state_dict())
+    assert torch.equal(resumed(x, ids).G, gate(x, ids).G)
     for later in (step + 1, 40):
         resumed.set_step(later), gate.set_step(later)
         assert torch.equal(resumed.source, gate.source) and torch.equal(resumed.train()(x, ids).G, gate.train()(x, ids).G)
