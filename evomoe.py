@@ -115,8 +115,9 @@ def set_phase(model, step, cfg):
     """Tell the gates what holds at this step; other gates' own schedules count from the spawn."""
     state = now(step, cfg)
     for gate in model.gates():
-        if isinstance(gate, DTS):
-            gate.set(state["tau"], state["noise"], state["tight"], state["hard"])
+        inner = getattr(gate, "gate", gate)  # inside a permutation search
+        if isinstance(inner, DTS):
+            inner.set(state["tau"], state["noise"], state["tight"], state["hard"])
         gate.set_step(max(0, step - spawn_step(cfg)))
 
 

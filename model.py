@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from dist import Mesh
 from experts import Experts, MoE
-from router import make_gate
+from router import Permuted, make_gate
 
 
 class Attention(nn.Module):
@@ -99,6 +99,8 @@ def make_ffn(cfg, layer, mesh, V, n_experts, is_moe=True, counts=None, n_domains
             cfg.gate, cfg.gate_args, D=cfg.n_embd, E=n_experts, V=V, layer=number, seed=cfg.seed,
             counts=counts, n_domains=n_domains, steps=cfg.max_steps, **({"k": cfg.k} if cfg.k else {}),
         )  # fmt: skip
+        if cfg.permute:
+            gate = Permuted(gate, cfg.max_steps, cfg.permute, cfg.permute_schedule)
     mine = n_experts // mesh.ep  # experts on this rank
     experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout,
                       first=mesh.ep_rank * mine, sharded=True, activation=cfg.activation)  # fmt: skip

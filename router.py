@@ -776,7 +776,7 @@ class Permuted(nn.Module):
         super().__init__()
         if schedule not in ("corrected", "official"):
             raise ValueError(f"permuted: schedule={schedule!r} is unknown; there are: corrected, official")
-        self.gate, self.D, self.E, self.k = gate, gate.D, gate.E, gate.k
+        self.gate, self.D, self.E = gate, gate.D, gate.E
         self.causal, self.drop_order = gate.causal, gate.drop_order
         self.window, self.official, self.zeta = max(1, round(search * steps)), schedule == "official", zeta
         self.logits = nn.Parameter((torch.rand(self.E, self.E) - 0.5) / 10)
@@ -786,6 +786,10 @@ class Permuted(nn.Module):
         self.register_buffer("iterations", torch.tensor(20))
         self.register_buffer("frozen", torch.tensor(False))
         self.register_buffer("seen", torch.full((self.E, self.E), torch.nan), persistent=False)  # L behind `source`
+
+    @property
+    def k(self):
+        return self.gate.k
 
     @property
     def weights(self):

@@ -74,6 +74,8 @@ class Config:
     gate: str = "switch"  # a class of router.py in lower case
     k: int = 0  # experts per token, for gates that take it; 0 means the gate's own default
     gate_args: str = ""  # the gate's own knobs, like "balance=0.02,jitter=0"; its class in router.py says which
+    permute: float = 0.0  # share of the run in which a permutation of the experts is learned (COMET+), 0.01 to 0.1; 0 means none
+    permute_schedule: str = "corrected"  # of that search: corrected, or official (the authors'); router.Permuted has the figures
     capacity_factor: float = 0.0  # slots per expert / fair share, in training; 0 means no limit; 1.25 is Switch's
     eval_capacity_factor: float = 0.0  # the same at evaluation; 0: nothing is dropped
     drop_order: str = ""  # who is dropped first: arrival, choice, score, random; "" means the gate's own order
@@ -182,7 +184,7 @@ def parse(argv):
 def configure(given, base=None):
     """Config from flags, on top of `base` (a checkpoint's config, as a dict) or of the objective's defaults."""
     objective = given.get("objective", (base or {}).get("objective", Config.objective))
-    one_of = dict(objective=list(DEFAULTS), schedule=["cosine", "inverse_sqrt"], activation=["gelu", "gelu_tanh"],
+    one_of = dict(objective=list(DEFAULTS), schedule=["cosine", "inverse_sqrt"], activation=["gelu", "gelu_tanh"], permute_schedule=["corrected", "official"],
                   drop_order=["", "arrival", "choice", "score", "random"], dtype=["", "float32", "bfloat16"])  # fmt: skip
     for name, allowed in one_of.items():
         if given.get(name, "") not in [*allowed, ""]:
@@ -202,7 +204,7 @@ def configure(given, base=None):
     for name in not_negative:
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name}={getattr(cfg, name)} must not be negative")
-    for name in "dropout label_smoothing beta1 beta2 min_lr".split():
+    for name in "dropout label_smoothing beta1 beta2 min_lr permute".split():
         if not 0 <= getattr(cfg, name) < 1 and (name, cfg.min_lr) != ("min_lr", 1):
             raise ValueError(f"--{name}={getattr(cfg, name)} must be from 0 to below 1")
     if not 0 <= cfg.length_penalty <= 10 or cfg.bleu_sentences < 0:
@@ -409,11 +411,12 @@ def build_model(cfg, corpus, mesh, n_experts, n_domains=0):
 
 
 def make_optimizer(model, cfg):
-    """AdamW; weight decay on matrices only. Frozen parameters stay out: Adam moves a parameter with zero gradient."""
+    """AdamW; weight decay on matrices only, and not in gates, whose splits it would soften (COMET, DSelect-k). Frozen
+    parameters stay out: Adam moves a parameter with zero gradient."""
     decay, rest = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            matrix = p.dim() >= 2 and not name.endswith((".b1", ".b2", "wpe.weight"))
+            matrix = p.dim() >= 2 and ".gate." not in name and not name.endswith((".b1", ".b2", "wpe.weight"))
             (decay if matrix else rest).append(p)
     groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
@@ -736,7 +739,7 @@ def load_checkpoint(given, mesh, out_dir):
     state = dist.load(path)
     if not isinstance(state, dict) or not {"model", "optimizer", "step", "config"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py")
-    fixed = "objective dataset n_layer n_head n_embd n_hidden block_size bias n_experts moe_every gate k gate_args expert_hidden".split()
+    fixed = "objective dataset n_layer n_head n_embd n_hidden block_size bias n_experts moe_every gate k gate_args permute expert_hidden".split()
     check_flags(given, {name: state["config"][name] for name in fixed if name in state["config"]}, path)
     return path, state
 
