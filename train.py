@@ -88,7 +88,7 @@ class Config:
     spawn: str = "mask"  # how experts come from the first: mask, noise, copy, importance (a split, with expert_hidden)
     spawn_ratio: float = 0.3  # share of masked weights; relative size of the noise; share of neurons common to all experts
     tau_max: float = 2.0  # dts: temperature at the spawn; 2 keeps all experts on
-    tau_min: float = 0.3  # dts: final temperature; lower means fewer experts and a smoother hard switch
+    tau_min: float = 0.3  # dts: final temperature; 0.1 to 0.5; lower means surer weights and fewer experts
     tau_until: float = 0.25  # dts: the temperature falls until this share of the run; all experts are on: the dear part
     hard_at: float = 0.4  # dts: then the bar rises until this share, and from there only the k best experts count
     distill: float = 0.0  # weight of the distillation from a dense teacher, 1 to 5; 0 means none
@@ -888,8 +888,9 @@ def main(argv):
                 result |= score_translations(model, corpus, split, given.get("bleu_sentences", 0), cfg, mesh, autocast)[0]
             say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
         return mesh.close()
+    if table := evomoe.show(cfg):
+        say(table)
     if dense and cfg.n_experts > 1:
-        say(evomoe.show(cfg))
         build_model(cfg, corpus, mesh, cfg.n_experts)  # a wrong gate_args should stop the run now, not at the spawn
 
     def open_log():
@@ -936,8 +937,7 @@ def main(argv):
         # 1. schedules
         if dense and cfg.n_experts > 1 and step >= evomoe.spawn_step(cfg):
             grown = build_model(cfg, corpus, mesh, cfg.n_experts)
-            samples = sample_losses(model, corpus, cfg, device)
-            score = evomoe.importance(model, samples) if cfg.spawn == "importance" else None
+            score = evomoe.importance(model, sample_losses(model, corpus, cfg, device)) if cfg.spawn == "importance" else None
             new = make_optimizer(grown, cfg)
             evomoe.spawn(model, optimizer, grown, new, cfg, score)
             model, optimizer, net, weights, dense = grown, new, compiled(grown), loss_weights(grown), False
