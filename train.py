@@ -806,11 +806,12 @@ def check_causality(model, cfg, say):
     if cfg.n_experts == 1 or cfg.objective in ("roberta", "classify"):
         return
     gate = model.gates()[0] if model.gates() else gates()[cfg.gate]  # before the spawn there are none yet
-    if gate.causal == "never" and not cfg.insist:
-        raise ValueError(f"--gate={cfg.gate} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist to do it all the same)")
     order = cfg.drop_order or gate.drop_order
+    what = f"--gate={cfg.gate} (drop order: {order})"
+    if (gate.causal == "never" or cfg.eval_capacity_factor and order != "arrival") and not cfg.insist:
+        raise ValueError(f"{what} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist to do it all the same)")
     if gate.causal != "always" or (cfg.capacity_factor and order != "arrival"):
-        say(f"note: {cfg.gate} (drop order: {order}) looks at later tokens in training; evaluation does not")
+        say(f"note: {what} looks at later tokens in training; evaluation does not")
 
 
 def main(argv):
