@@ -261,8 +261,8 @@ def from_gpt2(gpt2):
         for part in ("weight", "bias"):
             ours |= {f"{b}ln1.{part}": theirs[f"{a}ln_1.{part}"], f"{b}ln2.{part}": theirs[f"{a}ln_2.{part}"]}
             qkv = theirs[f"{a}attn.c_attn.{part}"]  # (D, 3D) or (3D,)
-            ours |= {f"{b}attn.q.{part}": qkv[..., : c.n_embd].T, f"{b}attn.kv.{part}": qkv[..., c.n_embd :].T}
-            ours[f"{b}attn.out.{part}"] = theirs[f"{a}attn.c_proj.{part}"].T
+            ours |= {f"{b}attn.q.{part}": qkv[..., : c.n_embd].t(), f"{b}attn.kv.{part}": qkv[..., c.n_embd :].t()}
+            ours[f"{b}attn.out.{part}"] = theirs[f"{a}attn.c_proj.{part}"].t()
         for n, name in (1, "c_fc"), (2, "c_proj"):
             ours |= {f"{b}ffn.w{n}": theirs[f"{a}mlp.{name}.weight"][None], f"{b}ffn.b{n}": theirs[f"{a}mlp.{name}.bias"][None]}
     return fields, ours
