@@ -53,7 +53,7 @@ def corpora(tmp_path_factory):
     write_text(str(folder / "text"), tok, {"train": split(40), "val": split(8)}, "a test")
     pairs = lambda n: [(t[:13], t[::-1][:11]) for t in texts(n)]
     write_pairs(str(folder / "pairs"), tok, ("en", "ne"), {"train": pairs(80), "val": pairs(12), "test": pairs(9)}, "a test")
-    return {"gpt": folder / "text", "roberta": folder / "text", "translation": folder / "pairs"}
+    return {"gpt": folder / "text", "roberta": folder / "text", "classify": folder / "text", "translation": folder / "pairs"}
 
 
 @pytest.fixture(autouse=True)
@@ -693,7 +693,8 @@ def test_documented_command(command, trained, corpora, tmp_path):
         argv += ["--compile=false"] if given.get("compile") else []
         for folder in (given.get("init_from", "scratch"), given.get("teacher", "")):
             if folder not in ("scratch", "") and not folder.startswith("gpt2"):  # the folder of a dense run
-                train.main(flags(corpora, tmp_path / folder, "--n_experts=1", objective=objective))
+                trained_for = "roberta" if objective == "classify" else objective
+                train.main(flags(corpora, tmp_path / folder, "--n_experts=1", objective=trained_for))
     out = run(argv, tmp_path, world=world)
     assert ("val: loss" if given.get("eval_only") else "\n" if "sample" in given else "a sample:") in out
 
