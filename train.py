@@ -558,7 +558,7 @@ def fill_masks(model, corpus, ids, mesh, autocast, truth=None):
     truth: the ids without masks, if they are known."""
     x = torch.tensor([ids], device=mesh.device)
     with autocast:
-        logits = model(x, pick=x == corpus.tok.mask)[0].float()  # (masks, V)
+        logits = model(x, pick=x == corpus.tok.mask)[0].float()[:, : corpus.tok.eot]  # (masks, ordinary tokens)
     p, guess = (t.tolist() for t in logits.softmax(1).topk(5))
     holes = [i for i, token in enumerate(ids) if token == corpus.tok.mask]
     text = "".join(f"{corpus.tok.decode(ids[a + 1 : b])} [{n}]" for n, (a, b) in enumerate(zip([-1, *holes], holes), 1))
@@ -587,7 +587,8 @@ def fill_held_out(model, corpus, cfg, mesh, autocast):
         start = (start + end) // 2
         truth = corpus.splits[split][start : min(start + cfg.block_size, end)].tolist()
         words = [i for i, token in enumerate(truth) if re.fullmatch(" [A-Za-z]{2,}", corpus.tok.decode([token]))]
-        hidden = rng.permutation(words or range(len(truth)))[: 1 + len(words) // 10].tolist()
+        words = words or [i for i, token in enumerate(truth) if token < corpus.tok.eot]
+        hidden = rng.permutation(words)[: 1 + len(words) // 10].tolist()
         ids = [corpus.tok.mask if i in hidden else token for i, token in enumerate(truth)]
         texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n" + fill_masks(model, corpus, ids, mesh, autocast, truth))
     return "\n\n".join(texts)

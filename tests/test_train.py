@@ -689,7 +689,7 @@ def test_documented_command(command, trained, corpora, tmp_path):
         argv += ["--max_steps=8"] if "max_steps" in given else []
     else:
         objective = given.get("objective", "gpt")
-        argv = [*words[at + 1 :], *flags(corpora, tmp_path / "out", "--max_steps=2", objective=objective), f"--batch_size={4 * max(1, world)}"]
+        argv = [*words[at + 1 :], *flags(corpora, tmp_path / "here", "--max_steps=2", objective=objective), f"--batch_size={4 * max(1, world)}"]
         argv += ["--compile=false"] if given.get("compile") else []
         for folder in (given.get("init_from", "scratch"), given.get("teacher", "")):
             if folder not in ("scratch", "") and not folder.startswith("gpt2"):  # the folder of a dense run
