@@ -1,0 +1,255 @@
+"""
+model.py: a dense model is the case of one expert, nobody sees the future, sampling, and weights that depend on the seed
+and on nothing else.
+"""
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from ranks import run_ranks
+import dist
+import train
+from experts import Experts, MoE
+from model import GPT, RoBERTa, Translator
+from router import Soft, gates
+
+V = 40
+CFG = train.Config(n_layer=4, n_head=2, n_embd=16, block_size=12, n_experts=4, batch_size=4, max_steps=8, seed=3)
+
+
+def config(**more):
+    return dataclasses.replace(CFG, **more)
+
+
+def build(kind="gpt", mesh=None, **more):
+    cfg = config(**more)
+    counts = torch.arange(V, 0, -1).numpy()
+    if kind == "translation":
+        return Translator(cfg, V, mesh, counts, n_domains=2, pad_id=V - 1)
+    return GPT(cfg, V, mesh, counts) if kind == "gpt" else RoBERTa(cfg, V, mesh, counts, mask_id=V - 2)
+
+
+def tokens(rows=4, length=12, seed=0):
+    return torch.randint(0, V - 4, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense is one expert
+
+
+def one_expert_mixture(**more):
+    """A dense GPT in which every FFN that would be a mixture is an MoE with a single expert (the soft gate: weight 1)."""
+    model = build(n_experts=1, **more)
+    for i, block in enumerate(model.stack.blocks):
+        if (i + 1) % model.cfg.moe_every == 0:
+            block.ffn = MoE(Soft(model.cfg.n_embd, 1), block.ffn, model.mesh)
+    return model
+
+
+@pytest.mark.parametrize("moe_every", [1, 2])
+def test_dense_equals_one_expert_step_for_step(moe_every):
+    losses = []
+    for model in (build(n_experts=1, moe_every=moe_every), one_expert_mixture(moe_every=moe_every)):
+        assert len(model.moes()) == (0 if not losses else 4 // moe_every)
+        optimizer = train.make_optimizer(model, model.cfg)
+        losses.append([])
+        for step in range(8):
+            x = tokens(seed=step % 2)
+            logits, aux = model(x)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+            assert not aux
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(float(loss.detach()))
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0] - 0.05
+
+
+def test_expert_0_is_the_dense_ffn_and_the_rest_is_shared():
+    dense, moe = build(n_experts=1), build()
+    ours = dict(moe.named_parameters())
+    for name, p in dense.named_parameters():
+        if ".ffn." in name and name not in ours:  # an MoE layer: the dense FFN is its first expert
+            name = name.replace(".ffn.", ".ffn.experts.")
+            assert torch.equal(ours[name][:1], p), name
+            assert not torch.equal(ours[name][1], p[0]), name
+        else:
+            assert torch.equal(ours[name], p), name
+
+
+@pytest.mark.parametrize("kind", ["gpt", "roberta", "translation"])
+def test_every_other_layer_is_a_mixture(kind):
+    for moe_every, layers in ((1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3])):
+        model = build(kind, moe_every=moe_every)
+        stacks = [model.encoder, model.decoder] if kind == "translation" else [model.stack]
+        for stack in stacks:
+            assert [i + 1 for i, b in enumerate(stack.blocks) if isinstance(b.ffn, MoE)] == layers
+            assert all(isinstance(b.ffn, (MoE, Experts)) for b in stack.blocks)
+        assert len(model.gates()) == len(layers) * len(stacks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def test_parameter_counts():
+    D, H, E = 16, 64, 4
+    attention, norms, ffn = 4 * D * D, 2 * D, 2 * D * H
+    dense = V * D + 12 * D + 4 * (attention + norms + ffn) + D
+    assert build(n_experts=1).n_params() == (dense, dense)
+    gate = D * E
+    assert build(gate="switch").n_params() == (dense + 2 * ((E - 1) * ffn + gate), dense + 2 * gate)
+    assert build(gate="topk", k=2).n_params() == (dense + 2 * ((E - 1) * ffn + gate), dense + 2 * (ffn + gate))
+    assert build(gate="hash").n_params()[1] == dense
+
+
+def whole_state(rank, world, ep):
+    model = build(mesh=dist.make_mesh(rank, world, 4, ep))
+    return dist.full_state(model, None, model.mesh)["model"], model.n_params(), sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_init_does_not_depend_on_the_number_of_ranks(ep):
+    one = build()
+    for state, counts, held in run_ranks(2, whole_state, ep):
+        assert state.keys() == one.state_dict().keys()
+        assert all(torch.equal(t, state[name]) for name, t in one.state_dict().items())
+        assert counts == one.n_params()
+        assert (held < counts[0]) == (ep > 1)
+
+
+def test_init_depends_on_the_seed_and_not_on_the_default_generator():
+    torch.manual_seed(1)
+    a = build().state_dict()
+    torch.manual_seed(2)
+    assert all(torch.equal(t, a[name]) for name, t in build().state_dict().items())
+    b = build(seed=4).state_dict()
+    assert not torch.equal(a["wte.weight"], b["wte.weight"])
+    layers = [build().stack.blocks[i].ffn.experts.w1 for i in (1, 3)]
+    assert not torch.equal(*layers) and not torch.equal(layers[0][0], layers[0][1])
+
+
+def test_init_is_gpt2s():
+    model = build(n_embd=64, n_head=4)
+    assert abs(model.wte.weight.std() - 0.02) < 0.002
+    assert abs(model.stack.blocks[0].attn.out.weight.std() - 0.02 / math.sqrt(8)) < 0.001
+    assert abs(model.stack.blocks[1].ffn.experts.w2.std() - 0.02 / math.sqrt(8)) < 0.001
+    x = tokens()
+    loss = torch.nn.functional.cross_entropy(model(x)[0][:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    assert abs(float(loss.detach()) - math.log(V)) < 0.1  # knows nothing yet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who sees whom
+
+
+@pytest.mark.parametrize("gate", sorted(name for name, g in gates().items() if g.causal != "never"))
+def test_logits_do_not_see_later_tokens(gate):
+    """At evaluation for every gate that promises it; in training for those that promise that too. Within a sequence and
+    also across: other rows of the batch change nothing at evaluation."""
+    model = build(gate=gate)
+    for training in (False, True):
+        if training and gates()[gate].causal != "always":
+            continue
+        model.train(training)
+        for t in (1, 5, 11):
+            x, other = tokens(1), tokens(1, seed=1)
+            changed = torch.cat([x[:, :t], other[:, t:]], 1)
+            torch.manual_seed(0)
+            a = model(x)[0]
+            torch.manual_seed(0)
+            b = model(changed)[0]
+            assert torch.allclose(a[:, :t], b[:, :t], atol=1e-5), (training, t)
+            assert not torch.allclose(a[:, t:], b[:, t:], atol=1e-5)
+    model.eval()
+    x = tokens(3)
+    assert torch.allclose(model(x)[0][1:2], model(x[1:2])[0], atol=1e-5)
+
+
+def test_an_encoder_sees_both_ways_and_not_the_padding():
+    model = build("roberta", gate="topk").eval()
+    x, live = tokens(2), torch.ones(2, 12, dtype=torch.bool)
+    live[1, 7:] = False
+    a = model(x, live)[0]
+    changed = x.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 30
+    assert not torch.allclose(model(changed, live)[0][0, 0], a[0, 0])
+    changed = x.clone()
+    changed[1, 7:] = 5
+    assert torch.allclose(model(changed, live)[0][1, :7], a[1, :7], atol=1e-6)
+    assert torch.allclose(model(x[1:, :7], live[1:, :7])[0], a[1:, :7], atol=1e-5)
+
+
+def test_block_size_is_checked():
+    for kind in ("gpt", "roberta"):
+        with pytest.raises(ValueError, match="a sequence of 13 tokens is longer than block_size=12"):
+            build(kind)(tokens(1, 13))
+    with pytest.raises(ValueError, match="n_embd=16 is not divisible by n_head=3"):
+        build(n_head=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_greedy_generation_is_the_argmax_token_by_token():
+    model = build(gate="switch").eval()
+    x = tokens(2, 3)
+    y = model.generate(x, 15, temperature=0)
+    assert y.shape == (2, 18) and torch.equal(y[:, :3], x)
+    for t in range(3, 18):  # also beyond block_size: the window slides
+        logits = model(y[:, max(0, t - 12) : t])[0][:, -1]
+        assert torch.equal(y[:, t], logits.argmax(1))
+
+
+def test_sampling():
+    model = build(gate="switch").eval()
+    for p in model.parameters():
+        p.data.mul_(20)  # logits that differ
+    x = tokens(1, 4)
+    rng = lambda: torch.Generator().manual_seed(5)
+    assert torch.equal(model.generate(x, 8, generator=rng()), model.generate(x, 8, generator=rng()))
+    assert torch.equal(model.generate(x, 8, top_k=1, generator=rng()), model.generate(x, 8, temperature=0))
+    assert model.generate(x, 8, top_k=V + 5, generator=rng()).shape == (1, 12)
+    rows = x.expand(400, -1)
+    for top_k in (3, 7):
+        allowed = set(model(x)[0][0, -1].topk(top_k).indices.tolist())
+        drawn = set(model.generate(rows, 1, top_k=top_k, generator=rng())[:, -1].tolist())
+        assert drawn <= allowed
+    p = model(x)[0][0, -1].softmax(0)
+    share = torch.bincount(model.generate(x.expand(4000, -1), 1, generator=rng())[:, -1], minlength=V) / 4000
+    assert (share - p).abs().max() < 0.03
+
+
+def test_stop_ends_when_every_row_has_stopped():
+    model = build(gate="switch").eval()
+    x = tokens(1, 3)
+    y = model.generate(x, 10, temperature=0)
+    stop = int(y[0, 5])
+    first = (y[0, 3:] == stop).nonzero()[0, 0] + 3
+    assert torch.equal(model.generate(x, 10, temperature=0, stop=stop), y[:, : first + 1])
+    two = torch.cat([x, tokens(1, 3, seed=8)])
+    both = model.generate(two, 10, temperature=0, stop=stop)
+    assert both.shape[1] == 13 or (both[:, 3:] == stop).any(1).all()
+
+
+def test_the_translator_decodes_with_a_cache_as_without():
+    model = build("translation", gate="topk").eval()
+    src, x = tokens(2, 7), tokens(2, 9, seed=1)
+    src[1, 5:] = model.pad_id
+    memory, live, _ = model.encode(src)
+    whole = model.head(model.decode(x, memory, live)[0])
+    cache = [({}, {}) for _ in range(model.cfg.n_layer)]
+    for t in range(9):
+        h, _ = model.decode(x[:, t : t + 1], memory, live, t, cache)
+        assert torch.allclose(model.head(h)[:, 0], whole[:, t], atol=1e-5)
+    other = src.clone()
+    assert torch.allclose(model(x, other)[0], whole, atol=1e-6)
+
+
+def test_models_can_be_copied():
+    model = build().eval()
+    assert torch.equal(copy.deepcopy(model)(tokens())[0], model(tokens())[0])
