@@ -14,7 +14,7 @@ Train a mixture-of-experts Transformer: the manual.
 
 Flags are the fields of Config below, always --name=value (a bare --flag means true); --help lists them.
 
-Read it in this order: Config, the batches of an objective, losses, evaluate, main. The whole loop is
+Read it in this order: Config, forward, gradients, train, evaluate; the batches are made in data/batches.py. The whole loop is
 
     loss = task loss + sum of weights * auxiliary losses          the task loss is always reported alone
 
@@ -28,7 +28,6 @@ Decisions:
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import json
 import math
@@ -41,7 +40,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on the CPU: a step is 15 % faster
 import torch
@@ -49,8 +47,8 @@ import torch.nn.functional as F
 
 import dist
 import evomoe
-from data.bleu import corpus_bleu
-from data.common import load_meta, load_split, load_tokenizer
+from data.batches import Corpus, eval_batches, majority, micro_batches, train_batch, unigram_loss
+from data.samples import score_translations, show_sample
 from model import GPT, RoBERTa, Translator
 from router import gates
 
@@ -230,169 +228,6 @@ def configure(given, base=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data. A batch is a dict of (B, ...) tensors: x and y, y = -1 where there is nothing to predict; domain; src.
-# The functions below make the whole global batch of a step from (seed, step), on every process alike: that costs
-# little, and the number of targets is then known everywhere without asking anybody.
-
-
-class Corpus:
-    """A prepared folder of data/: meta, tokenizer and memory-mapped splits."""
-
-    def __init__(self, folder, splits=("train", "val", "test")):
-        self.folder, self.meta = folder, load_meta(folder)
-        self.tok = load_tokenizer(folder)
-        self.V = self.meta["vocab_size"]
-        self.splits = {s: load_split(folder, self.meta, s) for s in splits if s in self.meta["splits"]}
-
-    def counts(self):
-        """(V,) how often each token occurs in the training text."""
-        train = self.splits["train"]
-        parts = [train] if self.meta["kind"] == "text" else [train.src, train.tgt]
-        return sum(np.bincount(p, minlength=self.V) for p in parts)
-
-    def domains(self, split):
-        """[(name, start, end), ...]: token ranges of the labelled domains."""
-        return [(name, d[0], d[1]) for name, d in self.meta["splits"][split]["domains"].items()]
-
-    @functools.cache
-    def pairs(self, split, T):
-        """Numbers of the sentence pairs of a split whose sides both have at most T tokens, <|endoftext|> included: a
-        longer one is left out, since a sentence cut short would teach and count as a wrong translation."""
-        p = self.splits[split]
-        fit = np.flatnonzero(np.maximum(np.diff(p.src_idx), np.diff(p.tgt_idx)) <= T)
-        if not len(fit):
-            raise ValueError(f"{self.folder}: every pair of the {split} split is longer than block_size={T} tokens")
-        return fit
-
-    def bytes_per_token(self, split):
-        """Original UTF-8 bytes per target token: what turns nats per token into bits per byte."""
-        s = self.meta["splits"][split]
-        return s["bytes"] / s["tokens"] if "bytes" in s else s["tgt_bytes"] / s["tgt_tokens"]
-
-
-def blocks(corpus, split, starts, cfg):
-    """Windows of block_size + 1 tokens: starts (B,) -> tokens (B, T + 1), domain (B, T)."""
-    tokens = corpus.splits[split]
-    ends = np.array([end for _, _, end in corpus.domains(split)])
-    window = torch.from_numpy(np.stack([tokens[s : s + cfg.block_size + 1] for s in starts]).astype(np.int64))
-    domain = torch.from_numpy(np.searchsorted(ends, starts, side="right"))
-    return window, domain[:, None].expand(-1, cfg.block_size)
-
-
-def random_starts(corpus, cfg, rng, n_nodes):
-    """(batch_size,) window starts, uniform over all windows that stay inside one domain. With shard_by_domain the rows
-    of node v (in rank order) come from domain v % domains only."""
-    spans = [(start, end - start - cfg.block_size) for _, start, end in corpus.domains("train")]  # (first, windows)
-    windows = np.array([max(n, 0) for _, n in spans])
-    if not windows.sum():
-        raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {cfg.block_size} tokens")
-    weight = windows / windows.sum()
-    which = rng.choice(len(spans), size=cfg.batch_size, p=weight)
-    if cfg.shard_by_domain:
-        which = np.arange(cfg.batch_size) * n_nodes // cfg.batch_size % len(spans)
-    return np.array([spans[d][0] + int(u * windows[d]) for d, u in zip(which, rng.random(cfg.batch_size))])
-
-
-def eval_starts(corpus, split, cfg):
-    """Non-overlapping windows of a held-out split, eval_batches * batch_size of them, evenly spread; never random."""
-    T = cfg.block_size
-    starts = [s for _, start, end in corpus.domains(split) for s in range(start, end - T, T)]
-    if not starts:
-        raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens")
-    n = min(len(starts), cfg.eval_batches * cfg.batch_size or len(starts))
-    return [starts[i * len(starts) // n] for i in range(n)]
-
-
-def mask_tokens(x, corpus, rng, share=0.15):
-    """RoBERTa's dynamic masking: of 15 % of the ordinary tokens, 80 % become <|mask|>, 10 % a random ordinary token,
-    10 % stay. x (B, T) -> corrupted x, y with -1 where nothing is predicted. Special tokens are never predicted."""
-    ordinary, tok = x < corpus.tok.eot, corpus.tok  # the special tokens are the last ids, <|endoftext|> first
-    u, kind = (torch.from_numpy(rng.random(x.shape)) for _ in range(2))
-    picked = ordinary & (u < share)
-    if not picked.any():  # a batch without a target has no loss: predict the token that came closest
-        picked.view(-1)[torch.where(ordinary, u, 2.0).argmin()] = bool(ordinary.any())
-    random_token = torch.from_numpy(rng.integers(0, tok.eot, x.shape))
-    corrupted = torch.where(kind < 0.8, tok.mask, torch.where(kind < 0.9, random_token, x))
-    return torch.where(picked, corrupted, x), torch.where(picked, x, -1)
-
-
-def text_batch(corpus, split, starts, cfg, rng):
-    """GPT: predict the next token. RoBERTa: predict masked tokens. Classification: y (B, 1) is the domain, which the
-    gates then must not be told."""
-    window, domain = blocks(corpus, split, starts, cfg)
-    if cfg.objective == "classify":
-        return dict(x=window[:, :-1], y=domain[:, :1].clone())
-    if cfg.objective == "gpt":
-        return dict(x=window[:, :-1], y=window[:, 1:].clone(), domain=domain)
-    x, y = mask_tokens(window[:, :-1], corpus, rng)
-    return dict(x=x, y=y, domain=domain)
-
-
-def pair_batch(corpus, split, which):
-    """Translation: sentence pairs `which` -> src (B, S), x (B, T) = <|bos|> + target, y (B, T) = target +
-    <|endoftext|>, padded to the longest of the batch."""
-    p, tok = corpus.splits[split], corpus.tok
-    src = [torch.from_numpy(p.src[p.src_idx[i] : p.src_idx[i + 1]].astype(np.int64)) for i in which]
-    tgt = [torch.from_numpy(p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1]].astype(np.int64)) for i in which]
-    x = [torch.cat([torch.tensor([tok.bos]), t[:-1]]) for t in tgt]
-    return dict(src=pad(src, tok.pad), x=pad(x, tok.pad), y=pad(tgt, -1))
-
-
-def pad(rows, value):
-    """Tensors of different length -> (rows, longest), filled up with value."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-
-@functools.lru_cache(maxsize=1)
-def bucketed_pairs(corpus, batch_size, block_size, seed, epoch):
-    """The pairs of an epoch as (batches, batch_size) numbers: shuffled, cut into runs of 50 batches, sorted by length
-    inside a run and dealt out as batches in random order, so that a batch holds sentences of similar length."""
-    p, fit = corpus.splits["train"], corpus.pairs("train", block_size)
-    n = len(fit) // batch_size
-    if not n:
-        raise ValueError(f"{corpus.folder} has {len(fit)} training pairs, less than one batch of {batch_size}")
-    rng = np.random.default_rng([seed, epoch])
-    order = fit[rng.permutation(len(fit))[: n * batch_size]]
-    length = np.diff(p.src_idx)[order] + np.diff(p.tgt_idx)[order]
-    run = np.arange(len(order)) // (50 * batch_size)
-    return rng.permutation(order[np.lexsort((length, run))].reshape(n, batch_size))
-
-
-def train_batch(corpus, cfg, step, n_nodes=1):
-    """The global batch of a step: (batch_size, ...) tensors. A function of (seed, step) alone."""
-    rng = np.random.default_rng([cfg.seed, step])
-    if cfg.objective == "translation":
-        epoch, i = divmod(step, max(1, len(corpus.pairs("train", cfg.block_size)) // cfg.batch_size))
-        pairs = bucketed_pairs(corpus, cfg.batch_size, cfg.block_size, cfg.seed, epoch)[i]
-        return pair_batch(corpus, "train", rng.permutation(pairs))
-    return text_batch(corpus, "train", random_starts(corpus, cfg, rng, n_nodes), cfg, rng)
-
-
-def micro_batches(batch, cfg, mesh, device):
-    """Cut the global batch into grad_accum micro-batches and take this rank's rows of each, in rank order."""
-    size = cfg.batch_size // cfg.grad_accum
-    for m in range(cfg.grad_accum):
-        rows = slice(m * size + mesh.rank * size // mesh.world, m * size + (mesh.rank + 1) * size // mesh.world)
-        yield {name: t[rows].to(device, non_blocking=True) for name, t in batch.items()}
-
-
-def eval_batches(corpus, split, cfg):
-    """Fixed held-out batches; a last partial one is filled up with rows that count for nothing (y = -1), so that every
-    rank has the same number of rows."""
-    if cfg.objective == "translation":
-        items = corpus.pairs(split, cfg.block_size).tolist()
-        items, make = items[: cfg.eval_batches * cfg.batch_size or None], lambda rows, rng: pair_batch(corpus, split, rows)
-    else:
-        items = eval_starts(corpus, split, cfg)
-        make = lambda rows, rng: text_batch(corpus, split, rows, cfg, rng)
-    for i in range(0, len(items), cfg.batch_size):
-        rows = items[i : i + cfg.batch_size]
-        batch = make(rows + [rows[0]] * (cfg.batch_size - len(rows)), np.random.default_rng([0, i]))
-        batch["y"][len(rows) :] = -1
-        yield batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Model, loss, evaluation
 
 
@@ -502,154 +337,6 @@ def evaluate(model, corpus, split, cfg, mesh, autocast):
     if len(names) > 1:
         result |= {f"loss_{name}": (l / max(c, 1)) for name, (l, _, c) in zip(names, total.tolist())}
     return result
-
-
-def majority(corpus, split, cfg):
-    """The share of the most frequent class among the passages of a split: the accuracy of always guessing that one."""
-    ends = [end for _, _, end in corpus.domains(split)]
-    classes = np.searchsorted(ends, eval_starts(corpus, split, dataclasses.replace(cfg, eval_batches=0)), side="right")
-    return np.bincount(classes).max() / len(classes)
-
-
-def unigram_loss(corpus, split):
-    """Nats per token of a model that knows only how frequent tokens are: what any model must beat."""
-    train, held = (corpus.splits[s] if corpus.meta["kind"] == "text" else corpus.splits[s].tgt for s in ("train", split))
-    p = np.bincount(train, minlength=corpus.V) + 1.0
-    p /= p.sum()
-    return float(-np.log(p)[np.asarray(held)].mean())
-
-
-def show_sample(model, corpus, cfg, mesh, prompt, autocast):
-    """What the model makes of a prompt (None: of one of our own), as text that a person can judge. Collective.
-    ValueError, one line, for a prompt that cannot be used."""
-    model.eval()
-    if cfg.objective == "translation":
-        ids = corpus.tok.encode(prompt.strip())
-        check_prompt(prompt, ids, cfg.block_size - 1)
-        text = translate(model, corpus, [ids + [corpus.tok.eot]], cfg, mesh, autocast)[0]
-    elif cfg.objective == "roberta":
-        text = fill_prompt(model, corpus, cfg, mesh, prompt, autocast) if prompt is not None else fill_held_out(model, corpus, cfg, mesh, autocast)
-    elif cfg.objective == "classify":
-        text = show_classes(model, corpus, cfg, mesh, prompt, autocast)
-    else:
-        text = continue_text(model, corpus, cfg, mesh, prompt, autocast)
-    model.train()
-    return text
-
-
-def check_prompt(prompt, ids, most):
-    """ValueError for a prompt that is empty or has more than `most` tokens."""
-    if not prompt.strip():
-        raise ValueError('--sample="" is empty: give it a text')
-    if len(ids) > most:
-        raise ValueError(f"--sample has {len(ids)} tokens, the model takes {most}: shorten it")
-
-
-def continue_text(model, corpus, cfg, mesh, prompt, autocast):
-    """GPT: the prompt and what follows it; a prompt longer than the block is read from its end."""
-    rng = torch.Generator(mesh.device).manual_seed(cfg.seed)
-    ids = corpus.tok.encode(prompt or "") or [corpus.tok.eot]
-    x = torch.tensor([ids], device=mesh.device)
-    with autocast:
-        y = model.generate(x, cfg.sample_tokens, cfg.temperature, cfg.top_k or None, corpus.tok.eot, rng)
-    return corpus.tok.decode([t for t in y[0].tolist() if t < corpus.tok.eot])
-
-
-def fill_masks(model, corpus, ids, mesh, autocast, truth=None):
-    """RoBERTa: token ids -> the text with [1], [2], ... where the masks are, and the five likeliest tokens for each.
-    truth: the ids without masks, if they are known."""
-    x = torch.tensor([ids], device=mesh.device)
-    with autocast:
-        logits = model(x, pick=x == corpus.tok.mask)[0].float()[:, : corpus.tok.eot]  # (masks, ordinary tokens)
-    p, guess = (t.tolist() for t in logits.softmax(1).topk(5))
-    holes = [i for i, token in enumerate(ids) if token == corpus.tok.mask]
-    text = "".join(f"{corpus.tok.decode(ids[a + 1 : b])} [{n}]" for n, (a, b) in enumerate(zip([-1, *holes], holes), 1))
-    text += corpus.tok.decode(ids[holes[-1] + 1 :]) + "\n"
-    for n, (i, share, tokens) in enumerate(zip(holes, p, guess), 1):
-        text += f"\n[{n}]".ljust(6) + (f"{'= ' if tokens[0] == truth[i] else '  '}{corpus.tok.decode([truth[i]])!r:16} " if truth else "")
-        text += "  ".join(f"{corpus.tok.decode([token])!r} {100 * q:.0f} %" for token, q in zip(tokens, share))
-    return text
-
-
-def fill_prompt(model, corpus, cfg, mesh, prompt, autocast):
-    """A prompt with one or more <mask>; a mask takes the place of a word with the space before it, as tokens do."""
-    pieces = re.split(r" ?<mask>", prompt)
-    ids = [token for piece in pieces for token in [corpus.tok.mask, *corpus.tok.encode(piece)]][1:]
-    check_prompt(prompt, ids, cfg.block_size)
-    if len(pieces) == 1:
-        raise ValueError("--sample has nothing to fill: write <mask> where a word is missing")
-    return fill_masks(model, corpus, ids, mesh, autocast)
-
-
-def fill_held_out(model, corpus, cfg, mesh, autocast):
-    """A held-out passage of each domain with a tenth of its words masked, the masked words, and the guesses."""
-    rng, texts = np.random.default_rng(cfg.seed), []
-    split = "val" if "val" in corpus.splits else "test"
-    for name, start, end in corpus.domains(split):
-        start = (start + end) // 2
-        truth = corpus.splits[split][start : min(start + cfg.block_size, end)].tolist()
-        words = [i for i, token in enumerate(truth) if re.fullmatch(" [A-Za-z]{2,}", corpus.tok.decode([token]))]
-        words = words or [i for i, token in enumerate(truth) if token < corpus.tok.eot]
-        hidden = rng.permutation(words)[: 1 + len(words) // 10].tolist()
-        ids = [corpus.tok.mask if i in hidden else token for i, token in enumerate(truth)]
-        texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n" + fill_masks(model, corpus, ids, mesh, autocast, truth))
-    return "\n\n".join(texts)
-
-
-def show_classes(model, corpus, cfg, mesh, prompt, autocast):
-    """The likeliest classes of the prompt, or of a held-out passage of each class."""
-    names, split = [name for name, _, _ in corpus.domains("train")], "val" if "val" in corpus.splits else "test"
-    if prompt is not None:
-        passages = {"": corpus.tok.encode(prompt)}
-        check_prompt(prompt, passages[""], cfg.block_size)
-    else:
-        middle = {name: (start + end) // 2 for name, start, end in corpus.domains(split)}
-        passages = {name: corpus.splits[split][i : i + cfg.block_size].tolist() for name, i in middle.items()}
-    text = []
-    for name, ids in passages.items():
-        with autocast:
-            p = model(torch.tensor([ids], device=mesh.device))[0][0, 0].float().softmax(0)
-        best = p.argsort(descending=True)[:3].tolist()
-        quote = f"   {corpus.tok.decode(ids)[:80]!r} ..." if name else ""
-        text.append(f"{name:16}-> " + "  ".join(f"{names[i]} {100 * p[i]:.0f} %" for i in best) + quote)
-    return "\n".join(text)
-
-
-def translate(model, corpus, sentences, cfg, mesh, autocast):
-    """Lists of source token ids, each ended by <|endoftext|> -> their translations as text, in the same order. Batches of
-    similar length; each rank decodes its rows of a batch, and all get all. Collective."""
-    tok, texts = corpus.tok, [""] * len(sentences)
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    for i in range(0, len(order), cfg.batch_size):
-        which = order[i : i + cfg.batch_size]
-        rows = which + which[:1] * (-len(which) % mesh.world)  # as many for every rank
-        mine = slice(mesh.rank * len(rows) // mesh.world, (mesh.rank + 1) * len(rows) // mesh.world)
-        src = pad([torch.tensor(sentences[j]) for j in rows], tok.pad).to(mesh.device)
-        y = src.new_zeros(len(rows), cfg.block_size)
-        y[mine] = tok.eot
-        with autocast:
-            best, _ = model.translate(src[mine], tok.bos, tok.eot, cfg.beams, cfg.length_penalty)
-        y[mine, : best.shape[1]] = best
-        for j, ids in zip(which, mesh.all_reduce(y).tolist()):  # zero where another rank's rows are
-            texts[j] = tok.decode(ids[: (ids + [tok.eot]).index(tok.eot)])
-    return texts
-
-
-def score_translations(model, corpus, split, n, cfg, mesh, autocast):
-    """Translate n sentences of a split (0: all), evenly spread. -> {"bleu": 0 to 100, "exact": share of translations that
-    equal the reference, "sentences"}, and some of them as text. Collective."""
-    p, fit = corpus.splits[split], corpus.pairs(split, cfg.block_size)
-    which = [fit[i * len(fit) // n] for i in range(n)] if 0 < n < len(fit) else fit
-    sources, targets = ([side[idx[i] : idx[i + 1]].tolist() for i in which] for side, idx in (p[:2], p[2:]))
-    model.eval()
-    texts = translate(model, corpus, sources, cfg, mesh, autocast)
-    model.train()
-    references = [corpus.tok.decode(t[:-1]) for t in targets]
-    right = [r == t for r, t in zip(references, texts)]
-    shown = [f"    {corpus.tok.decode(sources[i][:-1])}\n{'  = ' if right[i] else '    '}{references[i]}" + f"\n -> {texts[i]}" * (not right[i])
-             for i in range(0, len(texts), -(-len(texts) // 6))]  # fmt: skip
-    scores = {"bleu": corpus_bleu(texts, references), "exact": sum(right) / len(texts), "sentences": len(texts)}
-    return scores, "source, reference (= the translation too), -> translation\n\n" + "\n\n".join(shown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -817,16 +504,47 @@ def check_causality(model, cfg, say):
         say(f"note: {what} looks at later tokens in training; evaluation does not")
 
 
-def main(argv):
-    given = parse(argv)
+@dataclass
+class Run:
+    """Everything a run consists of; what `start` makes and the functions below use."""
+
+    cfg: Config
+    mesh: dist.Mesh
+    corpus: Corpus
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    teacher: torch.nn.Module | None  # the dense model that a distilled one follows
+    first: int  # step to begin with
+    resumed: bool
+    dense: bool  # still one expert per MoE layer
+    autocast: object
+
+    def say(self, *text):
+        """Print, on rank 0."""
+        if self.mesh.main:
+            print(*text, flush=True)
+
+    def schedule_step(self, step):
+        """The step as the curriculum counts it: in fine-tuning it is over."""
+        return self.cfg.max_steps if self.cfg.objective == "classify" else step
+
+    def compiled(self):
+        """The model as the training loop calls it; a teacher watches through hooks, which compilation would miss."""
+        return torch.compile(self.model) if self.cfg.compile and not self.cfg.distill else self.model
+
+
+def start(given):
+    """Flags -> Run: processes, checkpoint or fresh weights, corpus, model, optimizer."""
     check_device(given.get("device", ""))
     resume = given.get("init_from") == "resume" or given.get("eval_only") or given.get("sample") is not None
     cfg = configure(given)  # the first errors come before anything is started
     tune = cfg.objective == "classify" and cfg.init_from != "scratch"
     sizes = (1, 0) if resume or tune else (cfg.n_experts, cfg.ep)  # a checkpoint says later how many experts there are
     mesh = dist.init(*sizes, cfg.ranks_per_node, cfg.timeout, cfg.device or None, cfg.two_level)
-    say = print if mesh.main else lambda *a, **k: None
-    state, pretrained, first = None, None, 0
+    say = print if mesh.main else lambda text: None
+
+    # 1. what the run begins with: a checkpoint, a RoBERTa to fine-tune, trained dense weights, or nothing
+    state, pretrained, weights, first = None, None, None, 0
     if not resume and on_main(mesh, lambda: began_here(cfg.out_dir)):
         given["init_from"], resume = "resume", True
     if resume:
@@ -840,7 +558,7 @@ def main(argv):
         cfg = configure(given, fields)
         say(f"fine-tuning the RoBERTa of {cfg.init_from}")
     elif evomoe.starts_trained(cfg):
-        fields, start = evomoe.trained(cfg.init_from)
+        fields, weights = evomoe.trained(cfg.init_from)
         check_flags(given, fields, cfg.init_from)
         cfg = configure(given, fields)
         say(f"starting from the weights of {cfg.init_from}")
@@ -850,15 +568,13 @@ def main(argv):
         cfg.teacher = cfg.init_from
     if (cfg.batch_size // cfg.grad_accum) % mesh.world:
         raise ValueError(f"--batch_size={cfg.batch_size} / grad_accum={cfg.grad_accum} is not divisible by the {mesh.world} processes")
-    corpus = prepare(cfg, mesh)
-    device = mesh.device
-    dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
-    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    torch.manual_seed(cfg.seed)
 
+    # 2. corpus, model, optimizer
+    corpus = prepare(cfg, mesh)
+    dtype = cfg.dtype or ("bfloat16" if mesh.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
+    torch.manual_seed(cfg.seed)
     dense = evomoe.is_dense(state) if state else evomoe.starts_dense(cfg)
-    n_domains = (state or pretrained or {}).get("n_domains", 0)
-    model = build_model(cfg, corpus, mesh, 1 if dense else cfg.n_experts, n_domains)
+    model = build_model(cfg, corpus, mesh, 1 if dense else cfg.n_experts, (state or pretrained or {}).get("n_domains", 0))
     check_causality(model, cfg, say)
     optimizer = make_optimizer(model, cfg)
     if state:
@@ -866,168 +582,212 @@ def main(argv):
     elif pretrained:
         head = {name: t for name, t in dist.named_tensors(model).items() if name.startswith("classifier")}
         dist.load_state(model, None, {"model": pretrained["model"] | head}, mesh)
-    elif evomoe.starts_trained(cfg):
-        evomoe.load_weights(model, start, mesh)
+    elif weights:
+        evomoe.load_weights(model, weights, mesh)
     teacher = None
     if cfg.distill:
         teacher = build_model(cfg, corpus, mesh, 1).eval().requires_grad_(False)
         evomoe.load_weights(teacher, evomoe.trained(cfg.teacher)[1], mesh)
-    at = lambda step: cfg.max_steps if cfg.objective == "classify" else step  # fine-tuning: the curriculum is over
-    evomoe.set_phase(model, at(first), cfg)
+    if dense and cfg.n_experts > 1:
+        build_model(cfg, corpus, mesh, cfg.n_experts)  # a wrong gate_args should stop the run now, not at the spawn
+    autocast = torch.autocast(mesh.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    run = Run(cfg, mesh, corpus, model, optimizer, teacher, first, bool(state), dense, autocast)
+    evomoe.set_phase(model, run.schedule_step(first), cfg)
+
     total, active = model.n_params()
     say(f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per token, "
-        f"{cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {device.type}, {dtype}")  # fmt: skip
-
-    if given.get("sample") is not None:
-        say(show_sample(model, corpus, cfg, mesh, cfg.sample, autocast))
-        return mesh.close()
+        f"{cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}")  # fmt: skip
     if cfg.objective == "translation":
         sizes = {split: (pairs["pairs"], len(corpus.pairs(split, cfg.block_size))) for split, pairs in corpus.meta["splits"].items()}
         if long := [f"{n - fit:,d} of {n:,d} {split} pairs" for split, (n, fit) in sizes.items() if fit < n]:
             say(f"left out, longer than block_size={cfg.block_size} tokens: {', '.join(long)}")
-    if cfg.eval_only:
-        for split in [s for s in ("val", "test") if s in corpus.splits]:
-            result = evaluate(model, corpus, split, dataclasses.replace(cfg, eval_batches=given.get("eval_batches", 0)), mesh, autocast)
-            if cfg.objective == "translation":
-                result |= score_translations(model, corpus, split, given.get("bleu_sentences", 0), cfg, mesh, autocast)[0]
-            say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
-        return mesh.close()
-    if table := evomoe.show(cfg):
-        say(table)
-    if dense and cfg.n_experts > 1:
-        build_model(cfg, corpus, mesh, cfg.n_experts)  # a wrong gate_args should stop the run now, not at the spawn
+    return run
 
-    def open_log():
-        """Start the log, or cut a resumed one back to the checkpoint's step."""
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        path = os.path.join(cfg.out_dir, "log.jsonl")
-        old = dist.checkpoints(cfg.out_dir)
-        if not state and old:
-            raise ValueError(f"{cfg.out_dir} holds checkpoints of an earlier run ({old[-1].name}): --init_from=resume continues it, "
+
+def open_log(run):
+    """Start out_dir/log.jsonl, or cut a resumed one back to the checkpoint's step. -> log(entry), which appends a line."""
+
+    def begin():
+        out_dir = run.cfg.out_dir
+        os.makedirs(out_dir, exist_ok=True)
+        path, old, lines = os.path.join(out_dir, "log.jsonl"), dist.checkpoints(out_dir), []
+        if not run.resumed and old:
+            raise ValueError(f"{out_dir} holds checkpoints of an earlier run ({old[-1].name}): --init_from=resume continues it, "
                              "another --out_dir starts afresh, or delete them")  # fmt: skip
-        lines = []
-        if state and os.path.exists(path):
+        if run.resumed and os.path.exists(path):
             with open(path) as f:
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first]
+                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= run.first]
         with open(path, "w") as f:
             f.writelines(lines)
         return path
 
-    log_path = on_main(mesh, open_log)
+    path = on_main(run.mesh, begin)
 
     def log(entry):
-        if mesh.main:
+        if run.mesh.main:
             try:
-                with open(log_path, "a") as f:
+                with open(path, "a") as f:
                     f.write(json.dumps(entry) + "\n")
             except OSError as e:
-                raise OSError(f"cannot write {log_path}: {e.strerror}. Checkpoints are untouched") from None
+                raise OSError(f"cannot write {path}: {e.strerror}. Checkpoints are untouched") from None
 
+    return log
+
+
+def spawn(run):
+    """One expert per MoE layer becomes n_experts: a new model and optimizer, filled from the old ones."""
+    cfg, corpus, mesh, old = run.cfg, run.corpus, run.mesh, run.model
+    score = evomoe.importance(old, sample_losses(old, corpus, cfg, mesh.device)) if cfg.spawn == "importance" else None
+    model = build_model(cfg, corpus, mesh, cfg.n_experts)
+    optimizer = make_optimizer(model, cfg)
+    evomoe.spawn(old, run.optimizer, model, optimizer, cfg, score)
+    run.model, run.optimizer, run.dense = model, optimizer, False
+
+
+def gradients(run, net, batch):
+    """Backward through one global batch: this rank's share of the loss, in micro-batches, then summed over ranks.
+
+    -> task: this rank's share of the task loss (nats per target); aux: {name: value}, summed over the MoE layers;
+    norm: the global gradient norm before clipping. All detached.
+    """
+    cfg, mesh, device = run.cfg, run.mesh, run.mesh.device
+    n_targets = max(1, int((batch["y"] >= 0).sum()))  # of the global batch
+    n_positions = int(batch["live"].sum()) if "live" in batch else batch["x"].numel()
+    weights, task, total = loss_weights(run.model), torch.zeros((), device=device), {}
+    for micro in micro_batches(batch, cfg, mesh, device):
+        with run.autocast, evomoe.watch(run.model if run.teacher else None) as seen:
+            nll, smoothed, pick, aux = forward(net, micro, cfg.label_smoothing)
+        loss = smoothed.sum() / n_targets
+        if run.teacher:
+            with torch.no_grad(), run.autocast, evomoe.watch(run.teacher) as target:
+                forward(run.teacher, micro)
+            terms = evomoe.distillation(seen, target, micro.get("live"), n_positions, n_targets)
+            loss = loss + cfg.distill * terms.sum()
+            for name, value in zip(("mse", "kl"), terms.detach()):
+                total[name] = total.get(name, 0) + value
+        if "log_prob" in aux:
+            term = score_function_term(aux.pop("log_prob"), nll, pick, cfg.batch_size // cfg.grad_accum, mesh)
+            loss = loss + cfg.score_weight * term / cfg.grad_accum
+        loss = loss + sum(weights.get(name, 0) * value for name, value in aux.items()) / cfg.grad_accum
+        loss.backward()
+        task += nll.detach().sum() / n_targets
+        for name, value in aux.items():
+            total[name] = total.get(name, 0) + value.detach() / cfg.grad_accum
+    mesh.sync_grads(run.model)
+    return task, total, mesh.clip_grad_norm(run.model, cfg.grad_clip)
+
+
+def describe(run, step, batch, task, aux):
+    """What the log says about a step. -> (dict for log.jsonl, line for the screen). Collective."""
+    cfg, mesh, layers = run.cfg, run.mesh, max(1, len(run.model.moes()))
+    weights, stats, phase = loss_weights(run.model), layer_stats(run.model, mesh), evomoe.now(step, cfg)
+    values = {"loss": float(mesh.all_reduce(task))}
+    for name, value in aux.items():  # per layer; the distillation terms are shares of ranks
+        values[name] = float(mesh.all_reduce(value)) if name in ("mse", "kl") else float(value) / layers
+    targets = int((batch["y"] >= 0).sum()) / batch["x"].numel()
+    flops = run.model.flops_per_token(stats.get("experts_per_token", 1), batch["x"].shape[1], targets)
+    parts = [f"step {step + 1:5d}/{cfg.max_steps}", f"loss {values['loss']:.4f}"]
+    parts += [f"{name} {values[name]:.3f}" for name in aux if weights.get(name) or name in ("mse", "kl")]
+    if stats:
+        parts += [f"{phase['phase']} tau {phase['tau']:.2f}"] if cfg.gate == "dts" else []
+        parts += [f"experts/token {stats['experts_per_token']:.2f}", f"dropped {stats['dropped']:.1%}",
+                  f"load {bar(stats['load'])} {stats['load_min']:.2f}-{stats['load_max']:.2f}"]  # fmt: skip
+    parts += [f"{flops / 1e6:.2f} MFLOP/token"]
+    return values | stats | phase | {"flops_per_token": flops}, " | ".join(parts)
+
+
+def train(run):
+    """The loop."""
+    cfg, mesh, corpus, say = run.cfg, run.mesh, run.corpus, run.say
+    if table := evomoe.show(cfg):
+        say(table)
+    log = open_log(run)
     stop = []  # Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second one at once
-    if hasattr(signal, "SIGTERM"):
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     val = "val" if "val" in corpus.splits else "test"
     if cfg.objective == "classify":
         say(f"to beat: accuracy {majority(corpus, val, cfg):.4f}, the share of the most frequent class")
     else:
         say(f"to beat: {unigram_loss(corpus, val):.3f}, the loss of guessing tokens by frequency")
-    model.train()
-    compiled = lambda m: torch.compile(m) if cfg.compile and not cfg.distill else m  # a teacher watches through hooks
-    net, weights = compiled(model), loss_weights(model)
-    started, tick, tokens, saved = time.time(), time.time(), 0, first if state else None
-    for step in range(first, cfg.max_steps):
-        # 1. schedules
-        if dense and cfg.n_experts > 1 and step >= evomoe.spawn_step(cfg):
-            grown = build_model(cfg, corpus, mesh, cfg.n_experts)
-            score = evomoe.importance(model, sample_losses(model, corpus, cfg, device)) if cfg.spawn == "importance" else None
-            new = make_optimizer(grown, cfg)
-            evomoe.spawn(model, optimizer, grown, new, cfg, score)
-            model, optimizer, net, weights, dense = grown, new, compiled(grown), loss_weights(grown), False
-            say(f"step {step:5d} | one expert per layer becomes {cfg.n_experts} ({cfg.spawn}): {model.n_params()[0] / 1e6:.2f} M parameters")
-        evomoe.set_phase(model, at(step), cfg)
-        lr = learning_rate(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # 2. gradients: this rank's share of the global loss, summed over micro-batches and ranks
+
+    run.model.train()
+    net, saved = run.compiled(), run.first if run.resumed else None
+    started, tick, tokens = time.time(), time.time(), 0
+    for step in range(run.first, cfg.max_steps):
+        # 1. schedules: experts, gates, learning rate, random numbers
+        if run.dense and cfg.n_experts > 1 and step >= evomoe.spawn_step(cfg):
+            spawn(run)
+            net = run.compiled()
+            say(f"step {step:5d} | one expert per layer becomes {cfg.n_experts} ({cfg.spawn}): {run.model.n_params()[0] / 1e6:.2f} M parameters")
+        evomoe.set_phase(run.model, run.schedule_step(step), cfg)
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
         torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
+        # 2. gradients
         batch = train_batch(corpus, cfg, step, mesh.n_nodes)
-        n_targets = max(1, int((batch["y"] >= 0).sum()))
-        n_positions = int(batch["live"].sum()) if "live" in batch else batch["x"].numel()
-        task, auxes, distilled = torch.zeros((), device=device), {}, torch.zeros(2, device=device)
-        for micro in micro_batches(batch, cfg, mesh, device):
-            with autocast, evomoe.watch(model if teacher else None) as seen:
-                nll, smoothed, pick, aux = forward(net, micro, cfg.label_smoothing)
-            loss = smoothed.sum() / n_targets
-            if teacher:
-                with torch.no_grad(), autocast, evomoe.watch(teacher) as target:
-                    forward(teacher, micro)
-                terms = evomoe.distillation(seen, target, micro.get("live"), n_positions, n_targets)
-                loss = loss + cfg.distill * terms.sum()
-                distilled += terms.detach()
-            if "log_prob" in aux:
-                term = score_function_term(aux.pop("log_prob"), nll, pick, cfg.batch_size // cfg.grad_accum, mesh)
-                loss = loss + cfg.score_weight * term / cfg.grad_accum
-            loss = loss + sum(weights.get(name, 0) * value for name, value in aux.items()) / cfg.grad_accum
-            loss.backward()
-            task += nll.detach().sum() / n_targets
-            for name, value in aux.items():
-                auxes[name] = auxes.get(name, 0) + value.detach() / cfg.grad_accum
-        mesh.sync_grads(model)
-        norm = mesh.clip_grad_norm(model, cfg.grad_clip)
-        # 3. update
+        task, aux, norm = gradients(run, net, batch)
         if not torch.isfinite(norm):  # the same number on every rank, so all of them stop
             raise diverged("the loss or its gradient is", step + 1, saved)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for gate in model.gates():
+        # 3. update
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        for gate in run.model.gates():
             gate.update()
-        tokens += batch["x"].numel()
-        done = step + 1
-        # 4. tell
-        if done % cfg.log_every == 0 or done == 1:
-            stats = layer_stats(model, mesh)
-            loss = float(mesh.all_reduce(task))
-            n = max(1, len(model.moes()))
-            extra = {name: float(v) / n for name, v in auxes.items()}  # per layer
-            if teacher:
-                extra |= dict(zip(("mse", "kl"), mesh.all_reduce(distilled).tolist()))
-            phase = evomoe.now(step, cfg)
-            flops = model.flops_per_token(stats.get("experts_per_token", 1), batch["x"].shape[1], n_targets / batch["x"].numel())
-            now = time.time()
-            speed, left = tokens / (now - tick), (now - started) / (done - first) * (cfg.max_steps - done)
-            say(f"step {done:5d}/{cfg.max_steps} | loss {loss:.4f}" + "".join(f" | {k} {v:.3f}" for k, v in extra.items() if weights.get(k) or k in ("mse", "kl"))
-                + (f" | {phase['phase']} tau {phase['tau']:.2f}" if stats and cfg.gate == "dts" else "")
-                + (f" | experts/token {stats['experts_per_token']:.2f} | dropped {stats['dropped']:.1%} | load {bar(stats['load'])} "
-                   f"{stats['load_min']:.2f}-{stats['load_max']:.2f}" if stats else "")
-                + f" | {flops / 1e6:.2f} MFLOP/token | {speed / 1e3:.1f}k tok/s | {clock(left)} left", flush=True)  # fmt: skip
-            log({"step": done, "loss": loss, "lr": lr, "norm": float(norm), **extra, **stats, **phase, "flops_per_token": flops, "tokens_per_s": speed, "seconds": now - started})
-            tick, tokens = time.time(), 0
+        # 4. tell, evaluate, save
+        done, tokens = step + 1, tokens + batch["x"].numel()
         last, stopping = done == cfg.max_steps, mesh.any(bool(stop))
+        if done % cfg.log_every == 0 or done == 1:
+            entry, line = describe(run, step, batch, task, aux)
+            now = time.time()
+            speed, left = tokens / (now - tick), (now - started) / (done - run.first) * (cfg.max_steps - done)
+            say(f"{line} | {speed / 1e3:.1f}k tok/s | {clock(left)} left")
+            log({"step": done, **entry, "lr": learning_rate(step, cfg), "norm": float(norm), "tokens_per_s": speed, "seconds": now - started})
+            tick, tokens = time.time(), 0
         if last or (cfg.eval_every and done % cfg.eval_every == 0):
-            result = evaluate(model, corpus, val, cfg if not last else dataclasses.replace(cfg, eval_batches=0), mesh, autocast)
-            say(f"step {done:5d} | {val} " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
+            whole = dataclasses.replace(cfg, eval_batches=0) if last else cfg
+            result = evaluate(run.model, corpus, val, whole, mesh, run.autocast)
+            say(f"step {done:5d} | {val} " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
             log({"step": done, "seconds": time.time() - started} | {f"val_{name}": value for name, value in result.items()})
             tick, tokens = time.time(), 0
         if last or stopping or (cfg.save_every and done % cfg.save_every == 0):
-            save_checkpoint(model, optimizer, cfg, done, mesh, saved)
+            save_checkpoint(run.model, run.optimizer, cfg, done, mesh, saved)
             saved = done
         if stopping:
-            say(f"stopped after step {done}; continue with --init_from=resume --out_dir={cfg.out_dir}")
-            return mesh.close()
+            return say(f"stopped after step {done}; continue with --init_from=resume --out_dir={cfg.out_dir}")
 
     say(f"\ntrained in {clock(time.time() - started)}; a sample:\n" + "-" * 80)
     if cfg.objective == "translation":
         test = "test" if "test" in corpus.splits else "val"
-        scores, text = score_translations(model, corpus, test, cfg.bleu_sentences, cfg, mesh, autocast)
+        scores, text = score_translations(run.model, corpus, test, cfg.bleu_sentences, cfg, mesh, run.autocast)
         log({"step": cfg.max_steps} | {f"{test}_{name}": value for name, value in scores.items()})
         say(text + f"\n\n{test}: BLEU {scores['bleu']:.2f}, {scores['exact']:.1%} exactly as the reference ({scores['sentences']} sentences, beam of {cfg.beams})")
     else:
-        say(show_sample(model, corpus, cfg, mesh, None, autocast))
+        say(show_sample(run.model, corpus, cfg, mesh, None, run.autocast))
     say("-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\", --gate=hash, --n_experts=1 "
         "(the dense model), --max_steps=3000, each with its own --out_dir")  # fmt: skip
-    mesh.close()
+
+
+def score(run, given):
+    """--eval_only: all held-out splits of the corpus, whole unless eval_batches or bleu_sentences is given."""
+    cfg = dataclasses.replace(run.cfg, eval_batches=given.get("eval_batches", 0))
+    for split in [s for s in ("val", "test") if s in run.corpus.splits]:
+        result = evaluate(run.model, run.corpus, split, cfg, run.mesh, run.autocast)
+        if cfg.objective == "translation":
+            result |= score_translations(run.model, run.corpus, split, given.get("bleu_sentences", 0), cfg, run.mesh, run.autocast)[0]
+        run.say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+
+
+def main(argv):
+    given = parse(argv)
+    run = start(given)
+    if given.get("sample") is not None:
+        run.say(show_sample(run.model, run.corpus, run.cfg, run.mesh, run.cfg.sample, run.autocast))
+    elif run.cfg.eval_only:
+        score(run, given)
+    else:
+        train(run)
+    run.mesh.close()
 
 
 if __name__ == "__main__":

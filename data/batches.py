@@ -1,0 +1,190 @@
+"""
+From files to batches.
+
+A batch is a dict of (B, ...) tensors: x and y, y = -1 where there is nothing to predict; domain (text) or src
+(translation). train_batch makes the whole global batch of a step from (seed, step), on every process alike: that costs
+little, the data order does not depend on the number of processes, a resumed run needs no state, and the number of
+targets is known everywhere without asking anybody. micro_batches then takes a process's rows.
+
+Letters: B batch, T sequence length, S source length, V vocabulary. cfg is train.Config.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+
+from data.common import load_meta, load_split, load_tokenizer
+
+
+class Corpus:
+    """A prepared folder of data/: meta, tokenizer and memory-mapped splits."""
+
+    def __init__(self, folder, splits=("train", "val", "test")):
+        self.folder, self.meta = folder, load_meta(folder)
+        self.tok = load_tokenizer(folder)
+        self.V = self.meta["vocab_size"]
+        self.splits = {s: load_split(folder, self.meta, s) for s in splits if s in self.meta["splits"]}
+
+    def counts(self):
+        """(V,) how often each token occurs in the training text."""
+        train = self.splits["train"]
+        parts = [train] if self.meta["kind"] == "text" else [train.src, train.tgt]
+        return sum(np.bincount(p, minlength=self.V) for p in parts)
+
+    def domains(self, split):
+        """[(name, start, end), ...]: token ranges of the labelled domains."""
+        return [(name, d[0], d[1]) for name, d in self.meta["splits"][split]["domains"].items()]
+
+    @functools.cache
+    def pairs(self, split, T):
+        """Numbers of the sentence pairs of a split whose sides both have at most T tokens, <|endoftext|> included: a
+        longer one is left out, since a sentence cut short would teach and count as a wrong translation."""
+        p = self.splits[split]
+        fit = np.flatnonzero(np.maximum(np.diff(p.src_idx), np.diff(p.tgt_idx)) <= T)
+        if not len(fit):
+            raise ValueError(f"{self.folder}: every pair of the {split} split is longer than block_size={T} tokens")
+        return fit
+
+    def bytes_per_token(self, split):
+        """Original UTF-8 bytes per target token: what turns nats per token into bits per byte."""
+        s = self.meta["splits"][split]
+        return s["bytes"] / s["tokens"] if "bytes" in s else s["tgt_bytes"] / s["tgt_tokens"]
+
+
+def blocks(corpus, split, starts, cfg):
+    """Windows of block_size + 1 tokens: starts (B,) -> tokens (B, T + 1), domain (B, T)."""
+    tokens = corpus.splits[split]
+    ends = np.array([end for _, _, end in corpus.domains(split)])
+    window = torch.from_numpy(np.stack([tokens[s : s + cfg.block_size + 1] for s in starts]).astype(np.int64))
+    domain = torch.from_numpy(np.searchsorted(ends, starts, side="right"))
+    return window, domain[:, None].expand(-1, cfg.block_size)
+
+
+def random_starts(corpus, cfg, rng, n_nodes):
+    """(batch_size,) window starts, uniform over all windows that stay inside one domain. With shard_by_domain the rows
+    of node v (in rank order) come from domain v % domains only."""
+    spans = [(start, end - start - cfg.block_size) for _, start, end in corpus.domains("train")]  # (first, windows)
+    windows = np.array([max(n, 0) for _, n in spans])
+    if not windows.sum():
+        raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {cfg.block_size} tokens")
+    weight = windows / windows.sum()
+    which = rng.choice(len(spans), size=cfg.batch_size, p=weight)
+    if cfg.shard_by_domain:
+        which = np.arange(cfg.batch_size) * n_nodes // cfg.batch_size % len(spans)
+    return np.array([spans[d][0] + int(u * windows[d]) for d, u in zip(which, rng.random(cfg.batch_size))])
+
+
+def eval_starts(corpus, split, cfg):
+    """Non-overlapping windows of a held-out split, eval_batches * batch_size of them, evenly spread; never random."""
+    T = cfg.block_size
+    starts = [s for _, start, end in corpus.domains(split) for s in range(start, end - T, T)]
+    if not starts:
+        raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens")
+    n = min(len(starts), cfg.eval_batches * cfg.batch_size or len(starts))
+    return [starts[i * len(starts) // n] for i in range(n)]
+
+
+def mask_tokens(x, corpus, rng, share=0.15):
+    """RoBERTa's dynamic masking: of 15 % of the ordinary tokens, 80 % become <|mask|>, 10 % a random ordinary token,
+    10 % stay. x (B, T) -> corrupted x, y with -1 where nothing is predicted. Special tokens are never predicted."""
+    ordinary, tok = x < corpus.tok.eot, corpus.tok  # the special tokens are the last ids, <|endoftext|> first
+    u, kind = (torch.from_numpy(rng.random(x.shape)) for _ in range(2))
+    picked = ordinary & (u < share)
+    if not picked.any():  # a batch without a target has no loss: predict the token that came closest
+        picked.view(-1)[torch.where(ordinary, u, 2.0).argmin()] = bool(ordinary.any())
+    random_token = torch.from_numpy(rng.integers(0, tok.eot, x.shape))
+    corrupted = torch.where(kind < 0.8, tok.mask, torch.where(kind < 0.9, random_token, x))
+    return torch.where(picked, corrupted, x), torch.where(picked, x, -1)
+
+
+def text_batch(corpus, split, starts, cfg, rng):
+    """GPT: predict the next token. RoBERTa: predict masked tokens. Classification: y (B, 1) is the domain, which the
+    gates then must not be told."""
+    window, domain = blocks(corpus, split, starts, cfg)
+    if cfg.objective == "classify":
+        return dict(x=window[:, :-1], y=domain[:, :1].clone())
+    if cfg.objective == "gpt":
+        return dict(x=window[:, :-1], y=window[:, 1:].clone(), domain=domain)
+    x, y = mask_tokens(window[:, :-1], corpus, rng)
+    return dict(x=x, y=y, domain=domain)
+
+
+def pair_batch(corpus, split, which):
+    """Translation: sentence pairs `which` -> src (B, S), x (B, T) = <|bos|> + target, y (B, T) = target +
+    <|endoftext|>, padded to the longest of the batch."""
+    p, tok = corpus.splits[split], corpus.tok
+    src = [torch.from_numpy(p.src[p.src_idx[i] : p.src_idx[i + 1]].astype(np.int64)) for i in which]
+    tgt = [torch.from_numpy(p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1]].astype(np.int64)) for i in which]
+    x = [torch.cat([torch.tensor([tok.bos]), t[:-1]]) for t in tgt]
+    return dict(src=pad(src, tok.pad), x=pad(x, tok.pad), y=pad(tgt, -1))
+
+
+def pad(rows, value):
+    """Tensors of different length -> (rows, longest), filled up with value."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+@functools.lru_cache(maxsize=1)
+def bucketed_pairs(corpus, batch_size, block_size, seed, epoch):
+    """The pairs of an epoch as (batches, batch_size) numbers: shuffled, cut into runs of 50 batches, sorted by length
+    inside a run and dealt out as batches in random order, so that a batch holds sentences of similar length."""
+    p, fit = corpus.splits["train"], corpus.pairs("train", block_size)
+    n = len(fit) // batch_size
+    if not n:
+        raise ValueError(f"{corpus.folder} has {len(fit)} training pairs, less than one batch of {batch_size}")
+    rng = np.random.default_rng([seed, epoch])
+    order = fit[rng.permutation(len(fit))[: n * batch_size]]
+    length = np.diff(p.src_idx)[order] + np.diff(p.tgt_idx)[order]
+    run = np.arange(len(order)) // (50 * batch_size)
+    return rng.permutation(order[np.lexsort((length, run))].reshape(n, batch_size))
+
+
+def train_batch(corpus, cfg, step, n_nodes=1):
+    """The global batch of a step: (batch_size, ...) tensors. A function of (seed, step) alone."""
+    rng = np.random.default_rng([cfg.seed, step])
+    if cfg.objective == "translation":
+        epoch, i = divmod(step, max(1, len(corpus.pairs("train", cfg.block_size)) // cfg.batch_size))
+        pairs = bucketed_pairs(corpus, cfg.batch_size, cfg.block_size, cfg.seed, epoch)[i]
+        return pair_batch(corpus, "train", rng.permutation(pairs))
+    return text_batch(corpus, "train", random_starts(corpus, cfg, rng, n_nodes), cfg, rng)
+
+
+def micro_batches(batch, cfg, mesh, device):
+    """Cut the global batch into grad_accum micro-batches and take this rank's rows of each, in rank order."""
+    size = cfg.batch_size // cfg.grad_accum
+    for m in range(cfg.grad_accum):
+        rows = slice(m * size + mesh.rank * size // mesh.world, m * size + (mesh.rank + 1) * size // mesh.world)
+        yield {name: t[rows].to(device, non_blocking=True) for name, t in batch.items()}
+
+
+def eval_batches(corpus, split, cfg):
+    """Fixed held-out batches; a last partial one is filled up with rows that count for nothing (y = -1), so that every
+    rank has the same number of rows."""
+    if cfg.objective == "translation":
+        items = corpus.pairs(split, cfg.block_size).tolist()
+        items, make = items[: cfg.eval_batches * cfg.batch_size or None], lambda rows, rng: pair_batch(corpus, split, rows)
+    else:
+        items = eval_starts(corpus, split, cfg)
+        make = lambda rows, rng: text_batch(corpus, split, rows, cfg, rng)
+    for i in range(0, len(items), cfg.batch_size):
+        rows = items[i : i + cfg.batch_size]
+        batch = make(rows + [rows[0]] * (cfg.batch_size - len(rows)), np.random.default_rng([0, i]))
+        batch["y"][len(rows) :] = -1
+        yield batch
+
+
+def majority(corpus, split, cfg):
+    """The share of the most frequent class among the passages of a split: the accuracy of always guessing that one."""
+    ends = [end for _, _, end in corpus.domains(split)]
+    classes = np.searchsorted(ends, eval_starts(corpus, split, dataclasses.replace(cfg, eval_batches=0)), side="right")
+    return np.bincount(classes).max() / len(classes)
+
+
+def unigram_loss(corpus, split):
+    """Nats per token of a model that knows only how frequent tokens are: what any model must beat."""
+    train, held = (corpus.splits[s] if corpus.meta["kind"] == "text" else corpus.splits[s].tgt for s in ("train", split))
+    p = np.bincount(train, minlength=corpus.V) + 1.0
+    p /= p.sum()
+    return float(-np.log(p)[np.asarray(held)].mean())
