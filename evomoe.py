@@ -3,26 +3,49 @@ EvoMoE's curriculum: train one expert, spawn many from it, then let the gate lea
 
     python train.py --gate=dts --diversify=0.1
 
-    phase       experts  what happens                                                       (Nie et al. 2021, 2112.14397)
+    phase       experts  what happens (Nie et al. 2021, arXiv:2112.14397)
     diversify   1        each MoE layer is one FFN: exactly the dense model
     anneal      E        experts spawned from it, the gate is dense; temperature and noise fall
     tighten     E        the bar that a gate value must clear rises: each token keeps as many experts as clear it
     hard        E        the k best only
 
-Everything is a pure function of (step, cfg): `phases` is the table, `now` reads it, set_phase tells the gates. Any other
-gate has the first phase too (--gate=switch --diversify=0.1 is sparse upcycling), then one that is called "mixture".
+Everything is a pure function of (step, cfg): `phases` is the table, `now` reads it, set_phase tells the gates. Any
+other gate can have the first phase too, then one that is called "mixture". The same file holds the other ways in:
 
-The same file holds the other ways in: experts as copies, with noise, or as an importance-guided split of a trained FFN
-(MoEBERT); starting from a trained dense checkpoint or from GPT-2; and distillation from the dense teacher.
+    python train.py --gate=switch --diversify=0.1 --spawn=copy          sparse upcycling within one run
+    python train.py --gate=dts --init_from=out-dense                    the first phase is a finished run, or gpt2
+    python train.py --objective=roberta --n_experts=1 --moe_every=1 --out_dir=out-teacher        MoEBERT: a teacher
+    python train.py --objective=roberta --init_from=out-teacher --moe_every=1 --n_experts=4 --gate=hash --distill=1 \
+        --spawn=importance --expert_hidden=128 --spawn_ratio=0.67 --out_dir=out-student   the same cut
 
 Decisions (the paper's body and code leave these open):
 - The spawn happens at the beginning of a step: a checkpoint after s updates holds the model that made update s - 1.
 - A new model is built and filled, nothing is patched: what does not grow is carried over with its optimizer state. An
   expert inherits the moments of the first one, zero where its mask is, and the step count; the gate starts afresh.
-- A mask is applied once: a zeroed weight may grow again. It is drawn from (seed, layer, expert's global number), so that
-  any number of processes spawns the same experts. Biases are copied.
-- A spawn without change (ratio 0, or copies) keeps the function if the gate's weights sum to 1, which DTS does at the
-  start; a top-1 gate multiplies by p < 1 and has to recover.
+- A mask is applied once: a zeroed weight may grow again. It is drawn from (seed, layer, expert's global number), so
+  that any number of processes spawns the same experts. Biases are copied.
+- A spawn without change (ratio 0, or copies) keeps the function if the gate's weights sum to 1, which those of DTS do
+  at the start; a top-1 gate multiplies by p < 1 and has to recover.
+
+Measured (GPT of 2 layers, both mixtures, D 64, 8 experts, stdlib, 400 steps of 1024 tokens, phases from 0.1, 0.25 and
+0.4 of the run; validation loss of seed 1337 and, where there are two numbers, seed 2; at the hard switch the jump of
+the loss on one batch and the cosine of the gradients before and after):
+
+    dense                                             5.304  5.357
+    Switch from the start                             5.621  5.546
+    Switch after a diversify phase                    5.389
+    DTS  softmax weights, noise, no bar (paper code)  5.365           jump +0.118   cosine 0.67
+         Gumbel weights, noise, no bar (paper code)   5.359  5.373         +0.004          0.96
+         Gumbel weights, annealed noise, no bar       5.273                +0.060          0.72
+         Gumbel weights, annealed noise, rising bar   5.281  5.319         +0.0004         1.00     the default
+         the same, copies instead of masks            5.321
+         the same, tau_min 0.1 / 1.0                  5.301 / 5.279
+
+- Noise that stays: top-1 is then a sample for good, and training and held-out loss of one batch differ by 0.01 to 0.02.
+  Annealed, the two are equal (0.001 apart while noise lasts), so evaluation is the same gate without noise.
+- Without noise a low temperature alone does not make the gate sparse (7 of 8 experts at tau 0.3): the bar does. It
+  rises from 0.001 to 0.5, where there is room for one, and the layers adapt while experts leave one by one.
+- A step costs 174 ms + 98 ms * experts per token (2 layers, D 256, 2048 tokens, one core; r^2 0.994).
 
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """
@@ -82,7 +105,8 @@ def check(cfg):
     if not 0 <= cfg.diversify < 1:
         raise ValueError(f"--diversify={cfg.diversify} must be a share of the run, from 0 to below 1")
     if cfg.gate == "dts" and not cfg.diversify <= cfg.tau_until <= cfg.hard_at:
-        raise ValueError(f"the phases must be in order: --diversify={cfg.diversify} <= --tau_until={cfg.tau_until} <= --hard_at={cfg.hard_at}")
+        raise ValueError(f"the phases must be in order: --diversify={cfg.diversify} <= --tau_until={cfg.tau_until} "
+                         f"<= --hard_at={cfg.hard_at}")  # fmt: skip
     if not 0 < cfg.tau_min <= cfg.tau_max:
         raise ValueError(f"--tau_min={cfg.tau_min} must be above 0 and at most --tau_max={cfg.tau_max}")
     if cfg.spawn not in ("mask", "copy", "noise", "importance"):
@@ -128,8 +152,8 @@ def show(cfg):
         return ""
     lines = ["phase      first step  experts  temperature"]
     for p in table:
-        tau = "" if cfg.gate != "dts" or p.experts == 1 else f"{p.tau[0]:g}" + (f" -> {p.tau[1]:g}" if p.tau[0] != p.tau[1] else "")
-        lines.append(f"{p.name:10} {p.start:10d}  {p.experts:7d}  {tau}")
+        tau = " -> ".join(f"{t:g}" for t in dict.fromkeys(p.tau)) if cfg.gate == "dts" and p.experts > 1 else ""
+        lines.append(f"{p.name:10} {p.start:10d}  {p.experts:7d}  {tau}".rstrip())
     return "\n".join(lines)
 
 
@@ -140,7 +164,7 @@ def show(cfg):
 def spawn(old, old_optimizer, new, new_optimizer, cfg, score=None):
     """Fill `new` (E experts per MoE layer, freshly built, on any mesh) and its optimizer from `old` (one expert each).
 
-    Gates keep their initialisation; all else is carried over with its optimizer state. score: what `importance` returned,
+    Gates keep their initialisation; all else is carried over with its optimizer state. score: what `importance` gave,
     for spawn=importance. No communication: every rank has the first expert and makes its own children.
     """
     ancestors = dict(old.named_parameters())
@@ -153,7 +177,7 @@ def spawn(old, old_optimizer, new, new_optimizer, cfg, score=None):
             born = [offspring(e0, layer, first + i, cfg, neurons) for i in range(moe.experts.n)]
             for weight in born[0]:
                 moe.experts.get_parameter(weight).copy_(torch.stack([child[weight][0] for child in born]))
-                heirs[f"{name}.experts.{weight}"] = lambda t, w=weight, born=born: torch.stack([child[w][1](t) for child in born])
+                heirs[f"{name}.experts.{weight}"] = lambda t, w=weight, born=born: torch.stack([c[w][1](t) for c in born])
         for name, p in new.named_parameters():
             ancestor = ancestors.get(name.replace(".ffn.experts.", ".ffn."))
             if ancestor is None:
@@ -163,7 +187,8 @@ def spawn(old, old_optimizer, new, new_optimizer, cfg, score=None):
                 p.copy_(ancestor)
             moments = old_optimizer.state.get(ancestor, {}) if old_optimizer else {}
             if moments:
-                new_optimizer.state[p] = {k: heir(t) if t.shape == ancestor.shape else t.clone() for k, t in moments.items()}
+                grow = lambda t: heir(t) if t.shape == ancestor.shape else t.clone()  # "step" has another shape
+                new_optimizer.state[p] = {key: grow(t) for key, t in moments.items()}
 
 
 def offspring(e0, layer, e, cfg, neurons=None):
@@ -213,8 +238,8 @@ def split(score, n_experts, width, share):
     first share * width go to every expert, the rest is dealt out like cards, and what nobody has room for is dropped."""
     order, shared = score.argsort(descending=True, stable=True), round(share * width)
     if shared + n_experts * (width - shared) > len(score):
-        raise ValueError(f"{len(score)} neurons cannot give {n_experts} experts {shared} common ones and {width - shared} of their own: "
-                         f"lower --expert_hidden={width} or share more (--spawn_ratio={share})")  # fmt: skip
+        raise ValueError(f"{len(score)} neurons cannot give {n_experts} experts {shared} common ones and {width - shared} of "
+                         f"their own: lower --expert_hidden={width} or share more (--spawn_ratio={share})")  # fmt: skip
     return [torch.cat([order[:shared], order[shared + e :: n_experts]])[:width] for e in range(n_experts)]
 
 
@@ -231,7 +256,7 @@ def trained(where):
             raise ValueError(f"--init_from={where}: no checkpoint (ckpt_*.pt) there")
         state = dist.load(path)
         if not is_dense(state):
-            raise ValueError(f"{path} holds a mixture already; --init_from takes a dense run (--n_experts=1) or an --out_dir to resume")
+            raise ValueError(f"{path} holds a mixture already: --init_from takes a dense run (--n_experts=1)")
         fields = "objective dataset n_layer n_head n_embd n_hidden block_size bias activation".split()
         return {name: state["config"][name] for name in fields}, state["model"]
     try:
@@ -253,7 +278,8 @@ def from_gpt2(gpt2):
     """A transformers GPT2LMHeadModel in our names -> {Config field: value}, {name: tensor}. Its linear layers are
     stored (in, out); its GELU is the tanh form, from which the exact one differs by up to 5e-4."""
     c, theirs = gpt2.config, gpt2.transformer.state_dict()
-    fields = dict(objective="gpt", n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_hidden=c.n_inner or 0, bias=True, activation="gelu_tanh")
+    fields = dict(objective="gpt", n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_hidden=c.n_inner or 0, bias=True,
+                  activation="gelu_tanh")  # fmt: skip
     ours = {"wte.weight": theirs["wte.weight"], "wpe.weight": theirs["wpe.weight"]}
     ours |= {f"stack.ln.{part}": theirs[f"ln_f.{part}"] for part in ("weight", "bias")}
     for i in range(c.n_layer):
@@ -264,7 +290,8 @@ def from_gpt2(gpt2):
             ours |= {f"{b}attn.q.{part}": qkv[..., : c.n_embd].t(), f"{b}attn.kv.{part}": qkv[..., c.n_embd :].t()}
             ours[f"{b}attn.out.{part}"] = theirs[f"{a}attn.c_proj.{part}"].t()
         for n, name in (1, "c_fc"), (2, "c_proj"):
-            ours |= {f"{b}ffn.w{n}": theirs[f"{a}mlp.{name}.weight"][None], f"{b}ffn.b{n}": theirs[f"{a}mlp.{name}.bias"][None]}
+            ours[f"{b}ffn.w{n}"] = theirs[f"{a}mlp.{name}.weight"][None]
+            ours[f"{b}ffn.b{n}"] = theirs[f"{a}mlp.{name}.bias"][None]
     return fields, ours
 
 
@@ -274,7 +301,7 @@ def load_weights(model, weights, mesh):
     weights = dict(weights)
     V = len(weights["wte.weight"])
     if model.V < V:
-        raise ValueError(f"the weights know {V} tokens, the corpus only {model.V}: prepare it with the same tokenizer (--tokenizer=gpt2)")
+        raise ValueError(f"the weights know {V} tokens, the corpus only {model.V}: prepare it with the same --tokenizer")
     weights["wte.weight"] = torch.cat([weights["wte.weight"], model.wte.weight[V:].detach().cpu()])
     weights["wpe.weight"] = weights["wpe.weight"][: model.cfg.block_size]
     dist.load_state(model, None, {"model": weights}, mesh)
