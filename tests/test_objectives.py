@@ -18,6 +18,8 @@ from ranks import run_ranks
 import dist
 import evomoe
 import train
+from data.batches import mask_tokens
+from data.samples import translate
 from data.bleu import bleu, corpus_bleu, counts, words
 from data.common import Tokenizer, write_pairs, write_text
 from model import GPT, RoBERTa, Translator
@@ -167,7 +169,7 @@ def test_masking_statistics():
     corpus = types.SimpleNamespace(tok=BYTES)
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.integers(0, BYTES.vocab_size, (1000, 1500)))
-    corrupted, y = train.mask_tokens(x, corpus, rng)
+    corrupted, y = mask_tokens(x, corpus, rng)
     ordinary, picked = x < BYTES.eot, y >= 0
     assert not (picked & ~ordinary).any() and torch.equal(y[picked], x[picked]) and torch.equal(corrupted[~picked], x[~picked])
     share = lambda hit, of: float(hit.sum() / of.sum())
@@ -177,7 +179,7 @@ def test_masking_statistics():
     random = corrupted[picked & (corrupted != BYTES.mask) & (corrupted != x)]
     frequency = torch.bincount(random, minlength=256).double() / len(random)
     assert len(frequency) == 256 and frequency.min() > 0.5 / 256 and frequency.max() < 1.6 / 256
-    again, other = train.mask_tokens(x, corpus, np.random.default_rng(1))[1], train.mask_tokens(x, corpus, np.random.default_rng(2))[1]
+    again, other = mask_tokens(x, corpus, np.random.default_rng(1))[1], mask_tokens(x, corpus, np.random.default_rng(2))[1]
     assert not torch.equal(again, other)  # dynamic: another step, other masks
 
 
@@ -185,9 +187,9 @@ def test_masking_always_leaves_a_target_but_not_a_special_one():
     corpus = types.SimpleNamespace(tok=BYTES)
     for seed in range(20):
         x = torch.full((1, 3), BYTES.eot)
-        assert (train.mask_tokens(x, corpus, np.random.default_rng(seed))[1] == -1).all()
+        assert (mask_tokens(x, corpus, np.random.default_rng(seed))[1] == -1).all()
         x[0, 1] = 65
-        assert train.mask_tokens(x, corpus, np.random.default_rng(seed))[1].tolist() == [[-1, 65, -1]]
+        assert mask_tokens(x, corpus, np.random.default_rng(seed))[1].tolist() == [[-1, 65, -1]]
 
 
 def test_masks_are_spread_over_a_table_without_telling_the_answer():
@@ -328,7 +330,7 @@ def translations(mesh, folder, n):
     p = corpus.splits["val"]
     sources = [p.src[p.src_idx[i] : p.src_idx[i + 1]].tolist() for i in range(n)]
     torch.manual_seed(0)
-    texts = train.translate(model, corpus, sources, cfg, mesh, train.nullcontext())
+    texts = translate(model, corpus, sources, cfg, mesh, train.nullcontext())
     return texts, train.score_translations(model, corpus, "val", n, cfg, mesh, train.nullcontext())
 
 
