@@ -742,7 +742,8 @@ def train(run):
             now = time.time()
             speed, left = tokens / (now - tick), (now - started) / (done - run.first) * (cfg.max_steps - done)
             say(f"{line} | {speed / 1e3:.1f}k tok/s | {clock(left)} left")
-            log({"step": done, **entry, "lr": learning_rate(step, cfg), "norm": float(norm), "tokens_per_s": speed, "seconds": now - started})
+            log({"step": done, **entry, "lr": learning_rate(step, cfg), "norm": float(norm), "tokens_per_s": speed,
+                 "seconds": now - started, "cpu_seconds": time.process_time()})  # fmt: skip
             tick, tokens = time.time(), 0
         if last or (cfg.eval_every and done % cfg.eval_every == 0):
             whole = dataclasses.replace(cfg, eval_batches=0) if last else cfg

@@ -14,8 +14,8 @@ because a learning-rate schedule that is cut short is not a fair run:
     time    as many steps as fit in the dense run's time, by the measured time per step
 
 Runs go to --out (one folder each, kept: a second call runs only what is missing), results to OUT/results.json, the
-training curves to OUT/curves-OBJECTIVE.svg. A fair `time` needs a machine that does nothing else; workers > 1 share it
-equally, one thread each.
+training curves to OUT/curves-OBJECTIVE.svg. On a CPU time is the process's CPU time with one thread, so that workers and whatever
+else the machine does don't count; on a GPU it is the clock's, and the machine should do nothing else.
 """
 
 import argparse
@@ -47,9 +47,9 @@ KNOBS = {  # the main knob of each method: three values, the same small budget
     "evomoe": ["--diversify=0", "--diversify=0.1", "--diversify=0.2"],
 }
 SIZES = {  # small enough for a CPU; raise them on a GPU with --flags
-    "gpt": "--n_layer=4 --n_embd=96 --n_head=4 --block_size=64 --batch_size=16 --max_steps=600 --learning_rate=2e-3",
-    "roberta": "--n_layer=4 --n_embd=96 --n_head=4 --block_size=64 --batch_size=16 --max_steps=600 --learning_rate=2e-3",
-    "translation": "--n_layer=2 --n_embd=96 --n_head=4 --batch_size=32 --max_steps=600 --learning_rate=2e-3",
+    "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --learning_rate=2e-3",
+    "roberta": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --learning_rate=2e-3",
+    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=500 --learning_rate=2e-3 --bleu_sentences=20",
 }
 
 
@@ -72,12 +72,13 @@ def run(name, flags, a):
     train, held_out = [e for e in log if "loss" in e], [e for e in log if "val_loss" in e][-1]
     per_token = [e.get("experts_per_token", 1.0) for e in train]
     steps = held_out["step"]
-    speed = (train[-1]["seconds"] - train[0]["seconds"]) / max(1, train[-1]["step"] - train[0]["step"])  # s per step, without start-up
+    clock = "seconds" if "cuda" in a.device else "cpu_seconds"
+    speed = (train[-1][clock] - train[0][clock]) / max(1, train[-1]["step"] - train[0]["step"])  # s per step, without start-up
     result = {
         "loss": held_out["val_loss"], "bleu": held_out.get("val_bleu"), "steps": steps,
         "seconds": speed * steps,
         "rows": steps * statistics.mean(per_token),  # expert-rows per token and MoE layer, in units of one step's tokens
-        "curve": [(e["step"], e["loss"], e["seconds"], e.get("experts_per_token", 1.0)) for e in train],
+        "curve": [(e["step"], e["loss"], e[clock] - train[0][clock], e.get("experts_per_token", 1.0)) for e in train],
     }  # fmt: skip
     with open(done, "w") as f:
         json.dump(result, f)
@@ -101,7 +102,7 @@ def compare(objective, a):
         time_of = {m: statistics.median(first[m, s]["seconds"] for s in range(a.seeds)) for m in methods}
         rows_of = {m: statistics.median(first[m, s]["rows"] for s in range(a.seeds)) for m in methods}
         for yardstick, cost, target in (("rows", rows_of, rows_of.get("switch")), ("time", time_of, time_of.get("dense"))):
-            if not target:
+            if not target or yardstick not in a.yardsticks:
                 continue
             pending = {}
             for m in methods:
@@ -178,6 +179,7 @@ def main():
     parser.add_argument("what", nargs="+", choices=[*SIZES, "tune", "table"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default="", help="comma-separated; all by default")
+    parser.add_argument("--yardsticks", default="steps,rows,time")
     parser.add_argument("--flags", default="", help="more flags for every run, for example '--n_embd=256 --max_steps=3000'")
     parser.add_argument("--device", default="")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
