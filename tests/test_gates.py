@@ -212,9 +212,11 @@ def test_routing_is_finite_and_float32_also_under_bf16(name):
 
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("lively", [False, True])
-def test_the_router_learns(name, lively):
-    """The task loss alone, without any balance loss, reaches the weights of every gate that has some."""
-    layer = new_layer(name, lively=lively)
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_router_learns(name, lively, k):
+    """The task loss alone, without any balance loss, reaches the weights of every gate that has some; also with k = 1,
+    where a weight that is renormalised to 1 would have no gradient."""
+    layer = new_layer(name, lively=lively, k=k)
     learned = [p for p in layer.gate.parameters() if p.requires_grad]
     if learned:
         x, ids, domain = tokens()
