@@ -173,7 +173,7 @@ def spawn(old, old_optimizer, new, new_optimizer, cfg, score=None):
     with torch.no_grad():
         for layer, (name, moe) in enumerate(moes):
             e0, first = old.get_submodule(name), moe.experts.first
-            neurons = split(score[name], cfg.n_experts, moe.experts.w1.shape[2], cfg.spawn_ratio) if score else None
+            neurons = split(score[name], cfg.n_experts, moe.experts.w1.shape[1], cfg.spawn_ratio) if score else None
             born = [offspring(e0, layer, first + i, cfg, neurons) for i in range(moe.experts.n)]
             for weight in born[0]:
                 moe.experts.get_parameter(weight).copy_(torch.stack([child[weight][0] for child in born]))
@@ -202,10 +202,10 @@ def offspring(e0, layer, e, cfg, neurons=None):
     """
     rng = torch.Generator().manual_seed(((cfg.seed * 1009 + layer) * 1009 + e) * 2)  # even: Experts.init takes odd seeds
     born = {}
-    for name, p in e0.named_parameters():  # w1 (1, D, H), w2 (1, H, D), b1 (1, H), b2 (1, D)
+    for name, p in e0.named_parameters():  # w1 (1, H, D), w2 (1, H, D), b1 (1, H), b2 (1, D)
         heir, noise = (lambda t: t[0].clone()), 0.0
         if cfg.spawn == "importance" and name != "b2":
-            heir = lambda t, dim=1 if name == "w1" else 0: t[0].index_select(dim, neurons[e])
+            heir = lambda t: t[0].index_select(0, neurons[e])
         elif cfg.spawn == "mask" and p.dim() == 3:
             keep = (torch.rand(p.shape[1:], generator=rng) >= cfg.spawn_ratio).to(p.device)
             heir = lambda t, keep=keep: t[0] * keep
@@ -229,7 +229,7 @@ def importance(dense, losses):
     for loss in losses:
         grads = iter(torch.autograd.grad(loss, [w for f in ffns.values() for w in (f.w1, f.w2)]))
         for name, f in ffns.items():
-            score[name] += ((f.w1 * next(grads)).sum(1) + (f.w2 * next(grads)).sum(2))[0].detach().abs()
+            score[name] += ((f.w1 * next(grads)).sum(2) + (f.w2 * next(grads)).sum(2))[0].detach().abs()
     return score
 
 
@@ -290,7 +290,8 @@ def from_gpt2(gpt2):
             ours |= {f"{b}attn.q.{part}": qkv[..., : c.n_embd].t(), f"{b}attn.kv.{part}": qkv[..., c.n_embd :].t()}
             ours[f"{b}attn.out.{part}"] = theirs[f"{a}attn.c_proj.{part}"].t()
         for n, name in (1, "c_fc"), (2, "c_proj"):
-            ours[f"{b}ffn.w{n}"] = theirs[f"{a}mlp.{name}.weight"][None]
+            w = theirs[f"{a}mlp.{name}.weight"]  # (D, H), then (H, D); ours are both (H, D)
+            ours[f"{b}ffn.w{n}"] = (w.t() if n == 1 else w)[None]
             ours[f"{b}ffn.b{n}"] = theirs[f"{a}mlp.{name}.bias"][None]
     return fields, ours
 

@@ -138,7 +138,7 @@ class Loop(Ours):
         y = torch.zeros_like(G[:, :1]).expand(-1, x.shape[1]).clone()
         for e, (w1, w2) in enumerate(zip(w.w1.unbind(), w.w2.unbind())):
             (rows,) = G[:, e].nonzero(as_tuple=True)
-            y = y.index_add(0, rows, (F.gelu(x[rows] @ w1) @ w2).to(y.dtype) * G[rows, e, None])
+            y = y.index_add(0, rows, (F.gelu(x[rows] @ w1.t()) @ w2).to(y.dtype) * G[rows, e, None])
         return y
 
 
@@ -152,7 +152,7 @@ class OneHot(Ours):
         C = int(sent.sum(0).max())
         mask = (F.one_hot(place.clamp(0, C - 1), C) * sent[..., None]).to(x.dtype)  # (N, E, C)
         rows = torch.einsum("nec,nd->ecd", mask, x)
-        rows = torch.bmm(F.gelu(torch.bmm(rows, w.w1)), w.w2)
+        rows = torch.bmm(F.gelu(torch.bmm(rows, w.w1.transpose(1, 2))), w.w2)
         return torch.einsum("nec,ecd->nd", mask * G[..., None].to(x.dtype), rows)
 
 

@@ -115,7 +115,7 @@ def oracle(layer, x, ids, domain, seed):
             keep[rows], start = survivors(G[rows].detach(), slots, key), start + n
         G = G * keep
     w = layer.experts
-    h = F.gelu(torch.einsum("nd,edh->neh", x, w.w1) + w.b1)
+    h = F.gelu(torch.einsum("nd,ehd->neh", x, w.w1) + w.b1)
     return torch.einsum("ne,ned->nd", G, torch.einsum("neh,ehd->ned", h, w.w2) + w.b2), routing.aux, G
 
 
