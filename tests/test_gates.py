@@ -362,7 +362,7 @@ def test_state_round_trip(name):
 def test_schedules_are_functions_of_the_step(name):
     x, ids, domain = tokens()
     walked = new_gate(name)
-    for n in (*range(STEPS + 1), 3):  # forward, and back again
+    for n in (*range(STEPS + 1), 3, 0):  # forward, and back again
         walked.set_step(n)
         if n in (0, 3, STEPS // 2, STEPS):
             fresh = new_gate(name)
