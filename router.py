@@ -424,7 +424,7 @@ class DTS(Gate):
         for name, value, known in ("weights", weights, ("gumbel", "softmax")), ("noise", noise, ("annealed", "constant")):
             if value not in known:
                 raise ValueError(f"dts: {name}={value!r} is unknown; there are: {', '.join(known)}")
-        self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
+        self.weight = nn.Parameter(torch.randn(E, D) * D**-0.5)  # unit logits: experts differ from the spawn on
         if not 0 < threshold <= tighten <= 1:
             raise ValueError(f"dts: threshold={threshold} must be above 0 and at most tighten={tighten}, that at most 1")
         self.least, self.bars, self.gumbel, self.anneal = k, (threshold, tighten), weights == "gumbel", noise == "annealed"
