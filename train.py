@@ -71,7 +71,7 @@ class Config:
     # The mixture
     n_experts: int = 8  # experts per MoE layer; 1 is the dense model
     moe_every: int = 2  # every how many layers the FFN is a mixture; 1 means all
-    gate: str = "switch"  # a class of router.py in lower case
+    gate: str = "hash"  # a class of router.py in lower case; hash learns most in a few minutes, see the README
     k: int = 0  # experts per token, for gates that take it; 0 means the gate's own default
     gate_args: str = ""  # the gate's own knobs, like "balance=0.02,jitter=0"; its class in router.py says which
     permute: float = 0.0  # share of the run in which a permutation of the experts is learned (COMET+), 0.01 to 0.1; 0 means none

@@ -206,8 +206,8 @@ def snapshot(folder):
     (["--bias=maybe"], ["--bias=maybe", "bool"]),
     (["--objective=gtp"], ["--objective=gtp", "did you mean gpt?", "gpt, roberta, classify, translation"]),
     (["--gate=swich"], ["--gate=swich", "did you mean switch?", "topk"]),
-    (["--gate_args=jiter=1"], ["jiter", "did you mean jitter?"]),
-    (["--gate_args=jitter=high"], ["jitter=high", "float"]),
+    (["--gate=switch", "--gate_args=jiter=1"], ["jiter", "did you mean jitter?"]),
+    (["--gate=switch", "--gate_args=jitter=high"], ["jitter=high", "float"]),
     (["--drop_order=score_"], ["--drop_order=score_", "did you mean score?"]),
     (["--init_from=scrath"], ["--init_from=scrath", "did you mean scratch?"]),
     (["--gate=topk", "--k=9"], ["--k=9", "--n_experts=8"]),
@@ -419,9 +419,9 @@ def test_no_checkpoint(tmp_path):
 def test_a_checkpoint_from_another_config_names_the_fields(trained, tmp_path):
     before = snapshot(trained)
     with pytest.raises(ValueError) as error:
-        train.main([f"--out_dir={trained}", "--init_from=resume", "--n_embd=32", "--gate=hash", "--n_layer=2"])
+        train.main([f"--out_dir={trained}", "--init_from=resume", "--n_embd=32", "--gate=switch", "--n_layer=2"])
     message = str(error.value)
-    assert "n_embd=32 (checkpoint: 16)" in message and "gate='hash' (checkpoint: 'switch')" in message
+    assert "n_embd=32 (checkpoint: 16)" in message and "gate='switch' (checkpoint: 'hash')" in message
     assert "n_layer" not in message and snapshot(trained) == before
 
 
