@@ -38,14 +38,14 @@ def config(gate="switch", **more):
     return train.Config(**sizes | dict(gate=gate) | more)
 
 
-def build(kind, gate="switch", mesh=None, V=V, scale=6.0, **more):
+def build(kind, gate="switch", mesh=None, V=V, std=0.25, **more):
     """A model with weights that are large enough to have an opinion, as at the end of its curriculum."""
     cfg = config(gate, **more)
     special = dict(pad_id=PAD) if kind is Translator else dict(mask_id=MASK) if kind is RoBERTa else {}
     model = kind(cfg, V, mesh=mesh, counts=torch.ones(V), **special).eval()
     for name, p in model.named_parameters():
         if p.dim() > 1 and ".gate." not in name:
-            p.data.mul_(scale)
+            p.data.mul_(std / p.data.std())
     evomoe.set_phase(model, cfg.max_steps, cfg)
     return model
 
@@ -273,7 +273,7 @@ def log_p(model, src, y):
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
 def test_beam_search_against_all_sentences(length_penalty):
     """A beam that never drops anything finds the best of all sentences of up to three tokens, padding or not."""
-    model, src, T = build(Translator, scale=12.0), ids(4, 6), 3
+    model, src, T = build(Translator, std=0.5), ids(4, 6), 3
     src[1, 4:], src[2, 2:] = PAD, PAD
     y, score = model.translate(src, BOS, EOT, beams=300, length_penalty=length_penalty, max_tokens=T)
     lengths = set()
@@ -294,7 +294,7 @@ def test_beam_search_against_all_sentences(length_penalty):
 @pytest.mark.parametrize("gate", CAUSAL)
 def test_one_beam_is_greedy_and_the_cache_changes_nothing(gate):
     """beams=1 writes what an argmax over the whole, uncached model writes; any beam's score is that of its sentence."""
-    model, src = build(Translator, gate, scale=12.0), ids(5, 6)
+    model, src = build(Translator, gate, std=0.5), ids(5, 6)
     src[0, 3:] = PAD
     y, _ = model.translate(src, BOS, EOT, beams=1, max_tokens=6)
     x, done = torch.full((5, 1), BOS), torch.zeros(5, dtype=torch.bool)
@@ -317,7 +317,7 @@ def test_one_beam_is_greedy_and_the_cache_changes_nothing(gate):
 
 
 def test_wider_beams_score_no_less_on_average():
-    model, src = build(Translator, scale=12.0), ids(30, 6)
+    model, src = build(Translator, std=0.5), ids(30, 6)
     score = [model.translate(src, BOS, EOT, beams, 0.0, max_tokens=6)[1].mean() for beams in (1, 4)]
     assert score[1] > score[0]
 
