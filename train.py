@@ -2,7 +2,7 @@
 Train a mixture-of-experts Transformer: the manual.
 
     python train.py                                     GPT on Python's own documentation and source, no download
-    python train.py --gate=hash                         another gate: every class of router.py, by its name
+    python train.py --gate=switch                       another gate: every class of router.py, by its name
     python train.py --n_experts=1                       the dense model of the same active size
     python train.py --objective=roberta                 masked language modelling
     python train.py --objective=classify --init_from=out   fine-tune that RoBERTa: which package is a passage from?
@@ -765,7 +765,7 @@ def train(run):
         say(text + f"\n\n{test}: BLEU {scores['bleu']:.2f}, {scores['exact']:.1%} exactly as the reference ({scores['sentences']} sentences, beam of {cfg.beams})")
     else:
         say(show_sample(run.model, corpus, cfg, mesh, None, run.autocast))
-    say("-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\", --gate=hash, --n_experts=1 "
+    say("-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\", --gate=switch, --n_experts=1 "
         "(the dense model), --max_steps=3000, each with its own --out_dir")  # fmt: skip
 
 
