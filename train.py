@@ -139,7 +139,8 @@ DEFAULTS = {
     "gpt": dict(dataset="stdlib"),
     "roberta": dict(dataset="stdlib", n_layer=2, block_size=64, batch_size=64, learning_rate=1.5e-3, max_steps=1000),
     # GLUE's place in the paper, on data that every Python has. Without --init_from it learns from scratch, to compare
-    "classify": dict(dataset="stdlib/packages", max_steps=200, learning_rate=5e-4, dropout=0.1, out_dir="out-classify"),
+    "classify": dict(dataset="stdlib/packages", n_layer=2, block_size=64, batch_size=64, learning_rate=5e-4, dropout=0.1,
+                     max_steps=300, out_dir="out-classify"),  # fmt: skip
     "translation": dict(dataset="grammar", block_size=64, batch_size=64, label_smoothing=0.1, n_layer=2, max_steps=1200, gate="switch"),
 }
 
