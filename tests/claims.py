@@ -5,6 +5,7 @@ The comparison: which way of routing learns most from the same data, the same co
     python tests/claims.py gpt roberta translation --seeds=5 --workers=4 --device=cuda
     python tests/claims.py tune                                each method's main knob, on gpt, one seed
     python tests/claims.py table                               the tables again, from what has been run
+    python tests/claims.py picture --log=out/log.jsonl         EvoMoE's phases: loss, temperature, experts per token
 
 Every method has the same active parameters, data, learning rate and length. Three yardsticks, each with runs of its own,
 because a learning-rate schedule that is cut short is not a fair run:
@@ -139,29 +140,61 @@ def table(objective, results):
             print(f"{method} - switch, paired by seed: " + ", ".join(f"{y} {show(d)}" for y, d in pairs.items()))
 
 
+def panel(x0, y0, W, H, lines, right, low, high, label):
+    """One chart as SVG elements: lines [(color, [(x, y)])], x from 0 to right, y from low to high, label beneath."""
+    parts = [f'<rect x="{x0}" y="{y0}" width="{W}" height="{H}" fill="none" stroke="#aaa"/>',
+             f'<text x="{x0 + W / 2}" y="{y0 + H + 30}" text-anchor="middle">{label}</text>']  # fmt: skip
+    for f in (0, 0.5, 1):
+        parts.append(f'<text x="{x0 + f * W}" y="{y0 + H + 14}" text-anchor="middle">{f * right:.0f}</text>')
+        parts.append(f'<text x="{x0 - 5}" y="{y0 + 4 + f * H}" text-anchor="end">{high - f * (high - low):.2f}</text>')
+    for color, points in lines:
+        points = " ".join(f"{x0 + W * x / right:.1f},{y0 + H * (high - y) / (high - low):.1f}" for x, y in points if low <= y <= high)
+        parts.append(f'<polyline fill="none" stroke="{color}" points="{points}"/>')
+    return parts
+
+
+def save_svg(path, W, H, parts):
+    with open(path, "w") as f:
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{W}" height="{H}" font-family="sans-serif" font-size="11">'
+                f'<rect width="{W}" height="{H}" fill="white"/>{"".join(parts)}</svg>\n')  # fmt: skip
+
+
+def smooth(values, n=5):
+    return [statistics.mean(values[max(0, i - n) : i + 1]) for i in range(len(values))]
+
+
 def curves(objective, results, path):
     """Training loss against steps and against time, first seed, as a plain SVG (no plotting package needed)."""
     colors = ["#333333", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#d62728", "#8c564b"]
-    W, H, parts = 420, 300, []
-    smooth = lambda v, n=5: [statistics.mean(v[max(0, i - n) : i + 1]) for i in range(len(v))]
     data = {m: by["steps"][0]["curve"] for m, by in results.items()}
     low = min(min(smooth([c[1] for c in d])) for d in data.values())
     high = statistics.median([d[min(len(d) - 1, 6)][1] for d in data.values()])
-    for panel, (axis, label) in enumerate(((0, "steps"), (2, "seconds"))):
-        x0, right = 50 + panel * (W + 60), max(d[-1][axis] for d in data.values())
-        parts.append(f'<text x="{x0 + W / 2}" y="{H + 45}" text-anchor="middle">{label}</text>')
-        parts.append(f'<rect x="{x0}" y="10" width="{W}" height="{H}" fill="none" stroke="#aaa"/>')
-        for f in (0, 0.5, 1):
-            parts.append(f'<text x="{x0 + f * W}" y="{H + 27}" text-anchor="middle" font-size="11">{f * right:.0f}</text>')
-            parts.append(f'<text x="{x0 - 5}" y="{14 + f * H}" text-anchor="end" font-size="11">{high - f * (high - low):.2f}</text>')
-        for color, (method, d) in zip(colors, data.items()):
-            pts = [(x0 + W * c[axis] / right, 10 + H * (high - v) / (high - low)) for c, v in zip(d, smooth([c[1] for c in d])) if v <= high]
-            parts.append(f'<polyline fill="none" stroke="{color}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in pts)}"/>')
-    for i, (color, method) in enumerate(zip(colors, data)):
-        parts.append(f'<text x="{60 + W - 90}" y="{30 + 16 * i}" fill="{color}" font-size="13">{method}</text>')
-    with open(path, "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * W + 130}" height="{H + 60}" font-family="sans-serif">'
-                f'<text x="50" y="{H + 58}" font-size="11">training loss, {objective}</text>{"".join(parts)}</svg>')  # fmt: skip
+    parts = []
+    for x0, axis, label in ((50, 0, "steps"), (530, 2, "seconds")):
+        lines = [(color, list(zip([c[axis] for c in d], smooth([c[1] for c in d])))) for color, d in zip(colors, data.values())]
+        parts += panel(x0, 10, 420, 300, lines, max(d[-1][axis] for d in data.values()), low, high, f"training loss of {objective} against {label}")
+    parts += [f'<text x="390" y="{30 + 16 * i}" fill="{color}" font-size="13">{m}</text>' for i, (color, m) in enumerate(zip(colors, data))]
+    save_svg(path, 970, 350, parts)
+
+
+def picture(source, path):
+    """EvoMoE's phases over the steps of one run: loss, temperature, experts per token, from its log.jsonl."""
+    with open(source) as f:
+        log = [e for e in map(json.loads, f) if "loss" in e]
+    if not all("tau" in e for e in log):
+        raise SystemExit(f"claims: {source} is not the log of a run with --gate=dts")
+    right, parts = log[-1]["step"], []
+    values = {"loss": smooth([e["loss"] for e in log], 2), "temperature": [e["tau"] if e["phase"] != "diversify" else math.nan for e in log],
+              "experts per token": [e.get("experts_per_token", 1.0) for e in log]}  # fmt: skip
+    for i, (label, ys) in enumerate(values.items()):
+        real = [y for y in ys if y == y]
+        low, high = (min(real), max(real)) if i == 0 else (0, max(real))
+        parts += panel(50, 30 + 190 * i, 520, 140, [("#1f77b4", list(zip([e["step"] for e in log], ys)))], right, low, high, label)
+    for e, before in zip(log, [{"phase": ""}] + log):
+        if e["phase"] != before["phase"]:
+            x = 50 + 520 * (before.get("step", 0)) / right
+            parts.append(f'<line x1="{x}" x2="{x}" y1="16" y2="550" stroke="#d62728" stroke-dasharray="3"/><text x="{x + 3}" y="24" fill="#d62728">{e["phase"]}</text>')
+    save_svg(path, 600, 590, parts)
 
 
 def tune(a):
@@ -176,7 +209,7 @@ def tune(a):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", nargs="+", choices=[*SIZES, "tune", "table"])
+    parser.add_argument("what", nargs="+", choices=[*SIZES, "tune", "table", "picture"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default="", help="comma-separated; all by default")
     parser.add_argument("--yardsticks", default="steps,rows,time")
@@ -184,6 +217,7 @@ def main():
     parser.add_argument("--device", default="")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
+    parser.add_argument("--log", default=os.path.join(ROOT, "out", "log.jsonl"), help="picture: of which run; drawn beside it as phases.svg")
     parser.add_argument("--out", default=os.path.join(ROOT, "out-claims"))
     a = parser.parse_args()
     os.makedirs(a.out, exist_ok=True)
@@ -192,6 +226,8 @@ def main():
     for what in a.what:
         if what == "tune":
             tune(a)
+        elif what == "picture":
+            picture(a.log, os.path.join(os.path.dirname(a.log), "phases.svg"))
         elif what in SIZES:
             results[what] = compare(what, a)
             with open(path, "w") as f:
