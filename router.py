@@ -417,14 +417,18 @@ class DTS(Gate):
 
     A dropped expert gets no gradient, but comes back when its score does: the others' softmax share it. The balance
     loss is that of y and m, divided by the mean number of experts, and has no gradient while all experts are on.
+    reads=id (not in the paper) takes the logits from a learned table by token id instead of from x W: what Hash reads,
+    with what DTS learns. The README says what difference that makes.
     """
 
-    def __init__(self, D, E, k=1, threshold=0.001, tighten=0.5, weights="gumbel", noise="annealed", balance=0.01):
+    def __init__(self, D, E, k=1, threshold=0.001, tighten=0.5, weights="gumbel", noise="annealed", balance=0.01, reads="content", V=0):
         super().__init__(D, E, k)
-        for name, value, known in ("weights", weights, ("gumbel", "softmax")), ("noise", noise, ("annealed", "constant")):
+        for name, value, known in (("weights", weights, ("gumbel", "softmax")), ("noise", noise, ("annealed", "constant")),
+                                   ("reads", reads, ("content", "id"))):  # fmt: skip
             if value not in known:
                 raise ValueError(f"dts: {name}={value!r} is unknown; there are: {', '.join(known)}")
-        self.weight = nn.Parameter(torch.randn(E, D) * D**-0.5)  # unit logits: experts differ from the spawn on
+        self.by_id = reads == "id"
+        self.weight = nn.Parameter(torch.randn(V, E) if self.by_id else torch.randn(E, D) * D**-0.5)  # unit logits: experts differ at once
         if not 0 < threshold <= tighten <= 1:
             raise ValueError(f"dts: threshold={threshold} must be above 0 and at most tighten={tighten}, that at most 1")
         self.least, self.bars, self.gumbel, self.anneal = k, (threshold, tighten), weights == "gumbel", noise == "annealed"
@@ -447,7 +451,7 @@ class DTS(Gate):
 
     def forward(self, x, ids, batch=None):
         batch = batch or Batch(len(x))
-        z = linear(x, self.weight)  # (N, E)
+        z = self.weight[ids] if self.by_id else linear(x, self.weight)  # (N, E)
         noise = self.noise * batch.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
         y = ((z + noise) / self.tau).softmax(1)
         top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.least, dim=1).indices, True)

@@ -3,11 +3,11 @@ The comparison: which way of routing learns most from the same data, the same co
 
     python tests/claims.py gpt                                 all methods, 3 seeds, on the CPU
     python tests/claims.py gpt roberta translation --seeds=5 --workers=4 --device=cuda
-    python tests/claims.py tune                                each method's main knob, on gpt, one seed
+    python tests/claims.py tune                                each method's learning rate and knobs, gpt, one seed
     python tests/claims.py table                               the tables again, from what has been run
     python tests/claims.py picture --log=out/log.jsonl         EvoMoE's phases: loss, temperature, experts per token
 
-Every method has the same active parameters, data, learning rate and length. Three yardsticks, each with runs of its own,
+Every method has the same active parameters, data and length, and the learning rate that suits it best. Three yardsticks, each with runs of its own,
 because a learning-rate schedule that is cut short is not a fair run:
 
     steps   the same number of optimizer steps
@@ -31,26 +31,29 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 EVOMOE = "--gate=dts --diversify=0.1"
-METHODS = {  # flags beyond the common ones
+METHODS = {  # flags beyond the common ones; at the learning rate that `tune` found best
     "dense": "--n_experts=1",
     "switch": "--gate=switch",
     "hash": "--gate=hash",
     "base": "--gate=base",
-    "stablemoe": "--gate=stablemoe",
+    "stablemoe": "--gate=stablemoe --learning_rate=2e-3",
     "evomoe": EVOMOE,
+    "evomoe_id": EVOMOE + " --gate_args=reads=id",
 }
-KNOBS = {  # the main knob of each method: three values, the same small budget
-    "dense": ["--learning_rate=1e-3", "--learning_rate=2e-3", "--learning_rate=4e-3"],
-    "switch": ["--gate_args=balance=0.001", "--gate_args=balance=0.01", "--gate_args=balance=0.1"],
-    "hash": ["--gate_args=kind=balanced", "--gate_args=kind=random", "--k=2 --gate_args=kind=balanced"],
-    "base": ["--learning_rate=1e-3", "--learning_rate=2e-3", "--learning_rate=4e-3"],
-    "stablemoe": ["--gate_args=stage1=0.1", "--gate_args=stage1=0.25", "--gate_args=balance=0.03"],
-    "evomoe": ["--diversify=0", "--diversify=0.1", "--diversify=0.2"],
+KNOBS = {  # for every method three learning rates; then, at its best one, a few values of its own knobs
+    "dense": [],
+    "switch": ["--gate_args=balance=0.001", "--gate_args=balance=0.1"],
+    "hash": ["--gate_args=kind=random", "--diversify=0.1"],
+    "base": [],
+    "stablemoe": ["--gate_args=stage1=0.25", "--gate_args=balance=0.03"],
+    "evomoe": ["--diversify=0", "--diversify=0.2", "--gate_args=balance=0", "--gate_args=balance=0.1", "--tau_until=0.5 --hard_at=0.7", "--spawn=noise"],
+    "evomoe_id": [],
 }
+RATES = [f"--learning_rate={rate}" for rate in ("2e-3", "4e-3", "8e-3")]
 SIZES = {  # small enough for a CPU; raise them on a GPU with --flags
-    "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --learning_rate=2e-3",
-    "roberta": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --learning_rate=2e-3",
-    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=500 --learning_rate=2e-3 --bleu_sentences=20",
+    "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --learning_rate=4e-3",
+    "roberta": "--n_layer=2 --n_embd=64 --n_head=4 --block_size=64 --batch_size=64 --max_steps=1000 --learning_rate=4e-3",
+    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=1000 --learning_rate=4e-3 --gate=switch --bleu_sentences=50",
 }
 
 
@@ -198,13 +201,17 @@ def picture(source, path):
 
 
 def tune(a):
-    """Each method's main knob on gpt, one seed: three runs a method."""
-    common = f"--objective=gpt {SIZES['gpt']} {a.flags}"
+    """Learning rate, then each method's own knobs at the best of them, on gpt, one seed."""
+    common = f"--objective=gpt {SIZES['gpt']} {a.flags} --seed=100"
     with ThreadPoolExecutor(a.workers) as pool:
-        jobs = {(m, i): pool.submit(run, f"tune-{m}-{i}", f"{common} {METHODS[m]} {knob} --seed=100", a) for m in KNOBS for i, knob in enumerate(KNOBS[m])}
+        job = lambda m, knob: pool.submit(run, f"tune-{m}{knob}".replace(" ", ""), f"{common} {METHODS[m]} {knob}", a)
+        rates = {m: {rate: job(m, rate) for rate in RATES} for m in KNOBS}
+        best = {m: min(by, key=lambda rate: by[rate].result()["loss"]) for m, by in rates.items()}
+        more = {m: {knob: job(m, f"{best[m]} {knob}") for knob in KNOBS[m]} for m in KNOBS}
         print("\n| method | knob | loss |\n|---|---|---|")
-        for (m, i), f in jobs.items():
-            print(f"| {m} | `{KNOBS[m][i]}` | {f.result()['loss']:.3f} |")
+        for m in KNOBS:
+            for knob, f in (rates[m] | more[m]).items():
+                print(f"| {m} | `{knob}` | {f.result()['loss']:.3f} |")
 
 
 def main():

@@ -102,6 +102,15 @@ def test_constant_noise_makes_the_choice_a_sample_of_softmax_at_any_temperature(
     assert G(gate(tau=tau).eval(), z[None]).argmax() == 0  # noise is off at evaluation
 
 
+def test_reading_ids_the_gate_sees_nothing_else():
+    g, ids = DTS(8, E, reads="id", V=10).eval(), torch.tensor([3, 7, 3])
+    G = g(torch.randn(3, 8), ids).G
+    y = (g.weight[ids] / g.tau).softmax(1)
+    assert torch.equal(G, y * (y > 0.001)) and torch.equal(G[0], G[2]) and not torch.equal(G[0], G[1])
+    G[:, 0].sum().backward()
+    assert (g.weight.grad != 0).any(1).nonzero()[:, 0].tolist() == [3, 7]
+
+
 def test_limits_of_the_temperature():
     x = torch.randn(64, E)
     torch.manual_seed(0)
