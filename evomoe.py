@@ -222,8 +222,9 @@ def importance(dense, losses):
 
     to first order the change of a sample's loss when neuron j is removed. losses: one scalar per sample, from a forward
     of its own each (a generator does). The absolute value is per sample: in the gradient of the mean, a neuron that
-    helps one sample and hurts another looks useless.
+    helps one sample and hurts another looks useless. In eval mode: without dropout.
     """
+    dense.eval()
     ffns = {name: m for name, m in dense.named_modules() if isinstance(m, Experts)}
     score = {name: 0.0 for name in ffns}
     for loss in losses:

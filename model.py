@@ -97,14 +97,15 @@ def make_ffn(cfg, layer, mesh, V, n_experts, is_moe=True, counts=None, n_domains
         ffn = Experts(1, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout, activation=cfg.activation)
         ffn.init(cfg.seed, number, *std)
         return ffn
+    spawn_step = round(cfg.diversify * cfg.max_steps)  # a gate's own schedules count from the spawn
     with torch.random.fork_rng(devices=[]):  # the gate draws from its own stream: the rest of the model is not disturbed
         torch.manual_seed(cfg.seed * 1000 + number)
         gate = make_gate(
             cfg.gate, cfg.gate_args, D=cfg.n_embd, E=n_experts, V=V, layer=number, seed=cfg.seed,
-            counts=counts, n_domains=n_domains, steps=cfg.max_steps, **({"k": cfg.k} if cfg.k else {}),
+            counts=counts, n_domains=n_domains, steps=cfg.max_steps - spawn_step, **({"k": cfg.k} if cfg.k else {}),
         )  # fmt: skip
         if cfg.permute:
-            gate = Permuted(gate, cfg.max_steps, cfg.permute, cfg.permute_schedule)
+            gate = Permuted(gate, cfg.max_steps - spawn_step, cfg.permute, cfg.permute_schedule)
     mine = n_experts // mesh.ep  # experts on this rank
     experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout,
                       first=mesh.ep_rank * mine, sharded=True, activation=cfg.activation)  # fmt: skip
@@ -196,7 +197,8 @@ class Model(nn.Module):
         a row of G, mean over the MoE layers; T: sequence length (attention is counted without regard to masks);
         targets: share of the positions that meet the output layer. A gate counts as its matrices; a Translator as a
         pair of a source and a target token."""
-        matrices = {name: p.numel() for name, p in self.named_parameters() if p.dim() >= 2 and ".ffn.experts." not in name}
+        table = lambda name, p: ".gate." in name and len(p) >= self.V  # by token id: looked up, not multiplied
+        matrices = {name: p.numel() for name, p in self.named_parameters() if p.dim() >= 2 and ".ffn.experts." not in name and not table(name, p)}
         head = sum(n for name, n in matrices.items() if name in ("wte.weight", "dense.weight"))
         blocks = sum(n for name, n in matrices.items() if name.startswith(("stack.", "encoder.", "decoder.")))
         per_row = sum(p[0].numel() for m in self.moes() for p in (m.experts.w1, m.experts.w2))

@@ -843,8 +843,10 @@ class Permuted(nn.Module):
             aux = {**aux, "permutation": G.new_zeros(())}
             move = lambda t: t[..., self.source]
             moved = move(G)
-        if isinstance(capacity, Tensor):
-            capacity = move(full_precision(capacity)).round().to(capacity.dtype)
+        if self.training and not self.frozen:
+            capacity = None  # every expert sees every token: the gate's own capacity would cut most of them off
+        elif isinstance(capacity, Tensor):
+            capacity = capacity[self.source]
         return Routing(moved, aux, None if priority is None else move(priority), capacity)
 
 

@@ -189,7 +189,7 @@ def configure(given, base=None):
     one_of = dict(objective=list(DEFAULTS), schedule=["cosine", "inverse_sqrt"], activation=["gelu", "gelu_tanh"], permute_schedule=["corrected", "official"],
                   drop_order=["", "arrival", "choice", "score", "random"], dtype=["", "float32", "bfloat16"])  # fmt: skip
     for name, allowed in one_of.items():
-        if given.get(name, "") not in [*allowed, ""]:
+        if name in given and given[name] not in allowed:
             raise ValueError(f"--{name}={given[name]} is unknown{closest(given[name], allowed)}; choose from {', '.join(filter(None, allowed))}")
     cfg = Config(**{**DEFAULTS[objective], **(base or {}), **given})
     for field in dataclasses.fields(cfg):
@@ -222,6 +222,10 @@ def configure(given, base=None):
     evomoe.check(cfg)
     if cfg.n_embd % cfg.n_head:
         raise ValueError(f"--n_embd={cfg.n_embd} is not divisible by --n_head={cfg.n_head}")
+    if cfg.n_experts > 1 and cfg.moe_every > cfg.n_layer:
+        raise ValueError(f"--moe_every={cfg.moe_every} with --n_layer={cfg.n_layer} leaves no layer for a mixture: lower it, or take --n_experts=1")
+    if cfg.k and "k" not in inspect.signature(gates()[cfg.gate]).parameters:
+        raise ValueError(f"--k={cfg.k}: --gate={cfg.gate} sets the number of experts per token itself; leave --k out")
     if cfg.k > cfg.n_experts:
         raise ValueError(f"--k={cfg.k} experts per token is impossible with --n_experts={cfg.n_experts}")
     if cfg.batch_size % (cfg.grad_accum * cfg.groups):
@@ -431,7 +435,8 @@ def load_checkpoint(given, mesh, out_dir):
     state = dist.load(path)
     if not isinstance(state, dict) or not {"model", "optimizer", "step", "config"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py")
-    fixed = "objective dataset n_layer n_head n_embd n_hidden block_size bias n_experts moe_every gate k gate_args permute expert_hidden".split()
+    fixed = ("objective dataset n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k gate_args permute "
+             "expert_hidden").split()  # fmt: skip
     check_flags(given, {name: state["config"][name] for name in fixed if name in state["config"]}, path)
     return path, state
 
@@ -451,7 +456,7 @@ def load_pretrained(given, mesh, out_dir):
     if state["config"]["objective"] != "roberta":
         raise ValueError(f"--init_from={out_dir}: {path} is a model for {state['config']['objective']}, fine-tuning needs --objective=roberta")
     fields = ("n_layer n_head n_embd n_hidden block_size bias activation moe_every gate k gate_args capacity_factor "
-              "eval_capacity_factor drop_order expert_hidden tau_max tau_min tau_until hard_at seed").split()  # fmt: skip
+              "eval_capacity_factor drop_order expert_hidden permute permute_schedule tau_max tau_min tau_until hard_at seed").split()  # fmt: skip
     n_experts = 1 if evomoe.is_dense(state) else state["config"]["n_experts"]
     return state, {name: state["config"][name] for name in fields} | {"n_experts": n_experts}
 

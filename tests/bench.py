@@ -239,7 +239,7 @@ def step_part(a, device, autocast):
     print("\nstep: a training step of the default GPT (gate switch) against the dense GPT with its active parameters\n")
     runs, sizes, mesh = {}, {}, dist.Mesh()
     for name, E in (("dense", 1), ("moe", 8), ("moe of 32", 32)):
-        cfg = train.Config(n_experts=E, **more)
+        cfg = train.Config(n_experts=E, gate="switch", **more)
         model = GPT(cfg, V).to(device)
         optimizer = train.make_optimizer(model, cfg)
         x = torch.randint(0, V, (cfg.batch_size, cfg.block_size), device=device)

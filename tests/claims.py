@@ -7,7 +7,7 @@ The comparison: which way of routing learns most from the same data, the same co
     python tests/claims.py table                               the tables again, from what has been run
     python tests/claims.py picture --log=out/log.jsonl         EvoMoE's phases: loss, temperature, experts per token
 
-Every method has the same active parameters, data and length, and the learning rate that suits it best. Three yardsticks, each with runs of its own,
+Every method has the same active parameters, data, learning rate and length. Three yardsticks, each with runs of its own,
 because a learning-rate schedule that is cut short is not a fair run:
 
     steps   the same number of optimizer steps
@@ -31,12 +31,12 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 EVOMOE = "--gate=dts --diversify=0.1"
-METHODS = {  # flags beyond the common ones; at the learning rate that `tune` found best
+METHODS = {  # flags beyond the common ones
     "dense": "--n_experts=1",
     "switch": "--gate=switch",
     "hash": "--gate=hash",
     "base": "--gate=base",
-    "stablemoe": "--gate=stablemoe --learning_rate=2e-3",
+    "stablemoe": "--gate=stablemoe",
     "evomoe": EVOMOE,
     "evomoe_id": EVOMOE + " --gate_args=reads=id",
 }
@@ -51,9 +51,9 @@ KNOBS = {  # for every method three learning rates; then, at its best one, a few
 }
 RATES = [f"--learning_rate={rate}" for rate in ("2e-3", "4e-3", "8e-3")]
 SIZES = {  # small enough for a CPU; raise them on a GPU with --flags
-    "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --learning_rate=4e-3",
-    "roberta": "--n_layer=2 --n_embd=64 --n_head=4 --block_size=64 --batch_size=64 --max_steps=1000 --learning_rate=4e-3",
-    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=1000 --learning_rate=4e-3 --gate=switch --bleu_sentences=50",
+    "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --warmup=100 --learning_rate=4e-3",
+    "roberta": "--n_layer=2 --n_embd=64 --n_head=4 --block_size=64 --batch_size=64 --max_steps=800 --warmup=100 --learning_rate=4e-3",
+    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=800 --warmup=100 --learning_rate=4e-3 --gate=switch --bleu_sentences=50",
 }
 
 
@@ -74,12 +74,13 @@ def run(name, flags, a):
     with open(os.path.join(out, "log.jsonl")) as f:
         log = [json.loads(line) for line in f]
     train, held_out = [e for e in log if "loss" in e], [e for e in log if "val_loss" in e][-1]
+    bleu = [value for e in log for key, value in e.items() if key.endswith("_bleu")]
     per_token = [e.get("experts_per_token", 1.0) for e in train]
     steps = held_out["step"]
     clock = "seconds" if "cuda" in a.device else "cpu_seconds"
     speed = (train[-1][clock] - train[0][clock]) / max(1, train[-1]["step"] - train[0]["step"])  # s per step, without start-up
     result = {
-        "loss": held_out["val_loss"], "bleu": held_out.get("val_bleu"), "steps": steps,
+        "loss": held_out["val_loss"], "bleu": bleu[-1] if bleu else None, "steps": steps,
         "seconds": speed * steps,
         "rows": steps * statistics.mean(per_token),  # expert-rows per token and MoE layer, in units of one step's tokens
         "curve": [(e["step"], e["loss"], e[clock] - train[0][clock], e.get("experts_per_token", 1.0)) for e in train],
@@ -121,22 +122,24 @@ def compare(objective, a):
     return results
 
 
-def show(values):
+def show(values, digits=3):
     """mean +- sample standard deviation."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def table(objective, results):
     """A Markdown table of held-out losses (nats per target), one row a method."""
     print(f"\n### {objective}: held-out loss, mean ± standard deviation over seeds\n")
-    print("| method | equal steps | equal expert-rows | equal time | ms per step | experts per token |")
-    print("|---|---|---|---|---|---|")
+    bleu = any(r["bleu"] is not None for by in results.values() for r in by["steps"])
+    print("| method | equal steps | equal expert-rows | equal time | ms per step | experts per token |" + " BLEU at equal steps |" * bleu)
+    print("|---|---|---|---|---|---|" + "---|" * bleu)
     for method, by in results.items():
         r = by["steps"]
         ms = 1000 * statistics.median(x["seconds"] / x["steps"] for x in r)
         cells = [show([x["loss"] for x in by[y]]) if y in by else "-" for y in ("steps", "rows", "time")]
-        print(f"| {method} | {' | '.join(cells)} | {ms:.0f} | {statistics.mean(x['rows'] / x['steps'] for x in r):.2f} |")
+        bleu = f" {show([x['bleu'] for x in r], 1)} |" if r[0]["bleu"] is not None else ""
+        print(f"| {method} | {' | '.join(cells)} | {ms:.0f} | {statistics.mean(x['rows'] / x['steps'] for x in r):.2f} |{bleu}")
     for method, by in results.items():
         if method != "switch" and "switch" in results:  # paired by seed: what the spread over seeds hides
             pairs = {y: [m["loss"] - s["loss"] for m, s in zip(by[y], results["switch"][y])] for y in by if y in results["switch"]}

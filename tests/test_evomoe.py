@@ -102,6 +102,16 @@ def test_constant_noise_makes_the_choice_a_sample_of_softmax_at_any_temperature(
     assert G(gate(tau=tau).eval(), z[None]).argmax() == 0  # noise is off at evaluation
 
 
+def test_schedules_of_a_gate_are_shares_of_what_follows_the_spawn():
+    cfg = config(gate="deepseekv3", diversify=0.5, max_steps=100)
+    model = GPT(cfg, V)
+    moving = []
+    for step in range(100):
+        evomoe.set_phase(model, step, cfg)
+        moving.append(bool(model.gates()[0].gamma > 0))
+    assert moving == [True] * 99 + [False]  # anneal = 0.966 of the 50 steps from 50 on
+
+
 def test_reading_ids_the_gate_sees_nothing_else():
     g, ids = DTS(8, E, reads="id", V=10).eval(), torch.tensor([3, 7, 3])
     G = g(torch.randn(3, 8), ids).G
@@ -325,10 +335,10 @@ def test_gpt2_without_transformers_is_one_line(monkeypatch):
 # -- floating-point operations ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tau", [2.0, 0.1])
-def test_flops_per_token_are_the_non_zeros(tau):
+@pytest.mark.parametrize("tau,reads", [(2.0, "content"), (0.1, "content"), (0.1, "id")])
+def test_flops_per_token_are_the_non_zeros(tau, reads):
     """Against a counter of every matrix product that really ran, in float64, where experts run one by one."""
-    model = GPT(config(), V).double()
+    model = GPT(config(gate_args=f"reads={reads}"), V).double()
     model.gates()[0].weight.data.normal_()
     model.gates()[0].set(tau, 0.0, False)
     seen = []

@@ -199,6 +199,10 @@ def snapshot(folder):
 @pytest.mark.parametrize("argv, parts", [
     (["--leraning_rate=1"], ["--leraning_rate", "did you mean learning_rate?"]),
     (["--learn=1"], ["unknown argument --learn"]),
+    (["--objective="], ["--objective=", "gpt"]),
+    (["--schedule="], ["--schedule=", "cosine"]),
+    (["--moe_every=3"], ["--moe_every=3", "--n_layer=2"]),
+    (["--gate=switch", "--k=2"], ["--k=2", "switch"]),
     (["learning_rate=1"], ["--name=value"]),
     (["--n_layer"], ["--n_layer needs a value"]),
     (["--n_layer=2.5"], ["--n_layer=2.5", "int", "default is 4"]),
