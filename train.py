@@ -2,12 +2,12 @@
 Train a mixture-of-experts Transformer: the manual.
 
     python train.py                                     GPT on Python's own documentation and source, no download
-    python train.py --gate=switch                       another gate: every class of router.py, by its name
-    python train.py --n_experts=1                       the dense model of the same active size
-    python train.py --objective=roberta                 masked language modelling
-    python train.py --objective=classify --init_from=out   fine-tune that RoBERTa: which package is a passage from?
-    python train.py --objective=translation             encoder-decoder
-    torchrun --nproc_per_node=2 train.py                the same run on two processes, experts spread over them
+    python train.py --gate=switch --out_dir=out-switch  another gate: every class of router.py, by its name
+    python train.py --n_experts=1 --out_dir=out-dense   the dense model of the same active size
+    python train.py --objective=roberta --out_dir=out-roberta               masked language modelling
+    python train.py --objective=classify --init_from=out-roberta            fine-tune it: which package is a passage from?
+    python train.py --objective=translation --out_dir=out-translation       encoder-decoder
+    torchrun --nproc_per_node=2 train.py --out_dir=out-2                    the first run on two processes
     python train.py --init_from=resume                  continue after Ctrl-C, a kill or a crash, bit for bit (CPU)
     python train.py --sample="def __init__"             continue a prompt with the newest checkpoint
     python train.py --eval_only                         held-out loss of the newest checkpoint
@@ -100,7 +100,7 @@ class Config:
     learning_rate: float = 4e-3  # peak; 2e-3 to 4e-3 for models as small as this one, 1e-4 to 1e-3 for large ones
     min_lr: float = 0.1  # final learning rate as a share of the peak
     schedule: str = "cosine"  # cosine, or inverse_sqrt (the original Transformer's)
-    warmup: int = 50  # steps until the peak
+    warmup: int = 100  # steps until the peak; shorter ones make the first 200 steps a matter of luck at this rate
     weight_decay: float = 0.1  # on matrices, not on biases, gains and embeddings of positions
     beta1: float = 0.9  # AdamW
     beta2: float = 0.98  # AdamW; 0.95 to 0.999
@@ -139,7 +139,7 @@ DEFAULTS = {
     "gpt": dict(dataset="stdlib"),
     "roberta": dict(dataset="stdlib", n_layer=2, block_size=64, batch_size=64, learning_rate=1.5e-3, max_steps=1000),
     # GLUE's place in the paper, on data that every Python has. Without --init_from it learns from scratch, to compare
-    "classify": dict(dataset="stdlib/packages", n_layer=2, block_size=64, batch_size=64, learning_rate=5e-4, dropout=0.1,
+    "classify": dict(dataset="stdlib/packages", n_layer=2, block_size=64, batch_size=64, learning_rate=5e-4, warmup=50, dropout=0.1,
                      max_steps=300, out_dir="out-classify"),  # fmt: skip
     "translation": dict(dataset="grammar", block_size=64, batch_size=64, learning_rate=2e-3, label_smoothing=0.1, n_layer=2, max_steps=1200,
                         gate="switch"),  # fmt: skip
@@ -162,6 +162,8 @@ def help_text():
             lines.append(f"  --{m[1]}={m[3]}".ljust(34) + m[4])
         elif m := re.match(r"    # (.*)", line):
             lines.append(f"\n{m[1]}")
+    lines.append("\nOther defaults by objective")
+    lines += [f"  {name}: " + " ".join(f"--{k}={v}" for k, v in more.items()) for name, more in DEFAULTS.items()]
     return "\n".join(lines)
 
 

@@ -516,6 +516,42 @@ def test_every_gate_trains_and_resumes_bit_for_bit(gate, objective, corpora, tmp
     resume_equals(corpora, tmp_path, objective, f"--gate={gate}", "--dropout=0.1", "--insist")
 
 
+def train_all(rank, world, port, runs):
+    """Child process, one rank: every run in turn."""
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")
+    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost")
+    for i, argv in enumerate(runs):
+        os.environ.update({k: str(v) for k, v in names.items()} | {"MASTER_PORT": str(port[i])})
+        train.main(argv)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_gate_trains_on_ranks_as_on_one(world, corpora, tmp_path):
+    """Through train.py: every gate; each objective, with capacity, dropless and in bfloat16 by turns, all of them on two
+    ranks. The losses are those of one process with as many routing groups."""
+    runs = []
+    for i, gate in enumerate(sorted(gates())):
+        for j, objective in enumerate(OBJECTIVES if world == 2 else [OBJECTIVES[i % 3]]):
+            mode = [[], ["--capacity_factor=0.7"], ["--dtype=bfloat16"]][(i + j) % 3 if world == 2 else i // 3 % 3]
+            runs.append((f"{gate}-{objective}", [f"--gate={gate}", "--max_steps=2", "--n_experts=4", "--insist", *mode], objective))
+    of = lambda out, *more: [flags(corpora, tmp_path / out / name, *argv, *more, objective=o) for name, argv, o in runs]
+    children = [mp.get_context("fork").Process(target=train_all, args=(rank, world, ports, of("ranks")))
+                for ports in [[free_port() for _ in runs]] for rank in range(world)]  # fmt: skip
+    for child in children:
+        child.start()
+    for argv in of("one", f"--groups={world}"):
+        train.main(argv)
+    for child in children:
+        child.join(100)
+        child.kill()
+        assert child.exitcode == 0
+    for name, argv, _ in runs:
+        tol = 0.02 if "--dtype=bfloat16" in argv else 1e-4
+        a, b = ([e["loss"] for e in log(tmp_path / out / name) if "loss" in e] for out in ("one", "ranks"))
+        assert len(a) == 2 and a == pytest.approx(b, rel=tol), name
+
+
 @pytest.mark.parametrize("more", [
     ["--grad_accum=2"], ["--capacity_factor=0.7", "--groups=2"], ["--n_experts=1"], ["--dtype=bfloat16"], ["--bias"],
     ["--gate=dts", "--diversify=0.34", "--tau_until=0.5", "--hard_at=0.7"], ["--gate=dts", "--diversify=0.67", "--tau_until=0.8", "--hard_at=0.9"],
