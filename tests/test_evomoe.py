@@ -277,7 +277,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("flags", [
     dict(diversify=0.25, tau_until=0.5, hard_at=0.75),
     dict(gate="switch", diversify=0.25, capacity_factor=1.0),
-    dict(diversify=0.25, tau_until=0.5, hard_at=0.75, spawn="importance", expert_hidden=16, bias=True),
+    dict(diversify=0.25, tau_until=0.5, hard_at=0.75, spawn="importance", expert_hidden=16, bias=True, dropout=0.1),
 ])  # fmt: skip
 def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, flags):
     """Interrupted before each of the steps 1 to 7, and continued by a new process's worth of state each time."""

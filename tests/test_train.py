@@ -552,6 +552,20 @@ def test_every_gate_trains_on_ranks_as_on_one(world, corpora, tmp_path):
         assert len(a) == 2 and a == pytest.approx(b, rel=tol), name
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_spawn_on_more_processes_than_the_run_began_with(world, corpora, tmp_path, monkeypatch):
+    """One process trains the one expert, `world` go on: they spawn (at step 3) and finish as one process would have."""
+    real, evo = train.train_batch, ["--gate=dts", "--n_experts=4", "--diversify=0.5", "--tau_until=0.7", "--hard_at=0.9", "--save_every=1"]
+    train.main(flags(corpora, tmp_path / "one", *evo))
+    monkeypatch.setattr(train, "train_batch", lambda corpus, cfg, step, nodes: 1 / 0 if step == 2 else real(corpus, cfg, step, nodes))
+    with pytest.raises(ZeroDivisionError):
+        train.main(flags(corpora, tmp_path / "many", *evo))
+    monkeypatch.undo()
+    assert newest(tmp_path / "many")["step"] == 2
+    run([f"--out_dir={tmp_path / 'many'}", "--init_from=resume"], tmp_path, world=world)
+    assert_close_run(tmp_path / "one", tmp_path / "many", tol=1e-4)
+
+
 @pytest.mark.parametrize("more", [
     ["--grad_accum=2"], ["--capacity_factor=0.7", "--groups=2"], ["--n_experts=1"], ["--dtype=bfloat16"], ["--bias"],
     ["--gate=dts", "--diversify=0.34", "--tau_until=0.5", "--hard_at=0.7"], ["--gate=dts", "--diversify=0.67", "--tau_until=0.8", "--hard_at=0.9"],
