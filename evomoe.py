@@ -16,7 +16,7 @@ other gate can have the first phase too, then one that is called "mixture". The 
     python train.py --gate=dts --init_from=out-dense                    the first phase is a finished run, or gpt2
     python train.py --objective=roberta --n_experts=1 --moe_every=1 --out_dir=out-teacher        MoEBERT: a teacher
     python train.py --objective=roberta --init_from=out-teacher --moe_every=1 --n_experts=4 --gate=hash --distill=1 \
-        --spawn=importance --expert_hidden=128 --spawn_ratio=0.67 --out_dir=out-student   the same cut
+        --spawn=importance --expert_hidden=128 --spawn_ratio=0.67 --out_dir=out-student   the same cut; or --gate=comet
 
 Decisions (the paper's body and code leave these open):
 - The spawn happens at the beginning of a step: a checkpoint after s updates holds the model that made update s - 1.

@@ -102,6 +102,27 @@ def test_constant_noise_makes_the_choice_a_sample_of_softmax_at_any_temperature(
     assert G(gate(tau=tau).eval(), z[None]).argmax() == 0  # noise is off at evaluation
 
 
+def test_the_gradient_does_not_jump_at_the_hard_switch():
+    """From the last soft step to the first hard one, same weights and batch: the gradient moves by less than 5 % of its
+    norm and keeps its direction. A switch from the paper's bar of 0.001, without tightening, moves it by 30 %."""
+    cfg, x = config(max_steps=600, n_experts=8), torch.randint(V, (16, 17), generator=torch.Generator().manual_seed(0))
+    model = GPT(cfg, V)
+
+    def gradient(step, cfg):
+        evomoe.set_phase(model, step, cfg)
+        loss = nn.functional.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten())
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for m in model.moes() for p in m.parameters()])])
+
+    def jump(cfg):
+        hard = round(cfg.hard_at * cfg.max_steps)
+        soft, hard = gradient(hard - 1, cfg), gradient(hard, cfg)
+        return float((soft - hard).norm() / hard.norm()), float(torch.cosine_similarity(soft, hard, 0))
+
+    moved, cosine = jump(cfg)
+    assert moved < 0.05 and cosine > 0.998
+    assert jump(dataclasses.replace(cfg, tau_until=cfg.hard_at))[0] > 0.2
+
+
 def test_schedules_of_a_gate_are_shares_of_what_follows_the_spawn():
     cfg = config(gate="deepseekv3", diversify=0.5, max_steps=100)
     model = GPT(cfg, V)
@@ -427,11 +448,12 @@ def test_distillation_is_symmetric_and_leaves_padding_out():
     assert torch.allclose(evomoe.distillation(a, b, live, 6, 5), ab)
 
 
-def test_the_documented_distillation_runs(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gate", ["hash", "comet"])
+def test_the_documented_distillation_runs(gate, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "sample_losses", functools.partial(train.sample_losses, n=6))
     small = dict(objective="roberta", moe_every=1, max_steps=20, learning_rate=0.01, save_every=20)
     run(corpus, tmp_path / "teacher", n_experts=1, **small)
-    student = dict(distill=1.0, gate="hash", spawn="importance", spawn_ratio=0.5, expert_hidden=16)
+    student = dict(distill=1.0, gate=gate, spawn="importance", spawn_ratio=0.5, expert_hidden=16)
     log = run(corpus, tmp_path / "student", init_from=tmp_path / "teacher", **{**small, **student})
     told = [entry for entry in log if "mse" in entry]
     assert told[-1]["mse"] < 0.7 * told[0]["mse"] and told[0]["kl"] > 0
