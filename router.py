@@ -223,7 +223,8 @@ def cv_squared(t):
 
 class Soft(Gate):
     """Dense softmax mixture, the oldest gate (Jacobs et al. 1991): G = softmax(x W). Every token visits every expert:
-    the quality bound and cost bound of what follows. With E = 1 the weight is exactly 1: a dense model."""
+    the quality bound and cost bound of what follows. With E = 1 the weight is exactly 1: a dense model.
+    Uses content. Causal."""
 
     def __init__(self, D, E):
         super().__init__(D, E, k=E)
@@ -235,7 +236,7 @@ class Soft(Gate):
 
 class TopK(Gate):
     """Top-k of the full softmax, the weights of the chosen renormalised to sum 1 for k >= 2 (Mixtral, arXiv:2401.04088;
-    for k = 1 they are not: see the head of this file), with Switch's balance loss."""
+    for k = 1 they are not: see the head of this file), with Switch's balance loss. Uses content. Causal."""
 
     def __init__(self, D, E, k=2, balance=0.01, z=0.0):
         super().__init__(D, E, k)
@@ -263,7 +264,7 @@ class NoisyTopK(Gate):
 
     W and W_noise start at zero, so that the start is balanced by noise alone. The softmax runs after the selection;
     for k = 1 that weight would be a constant 1, so there we take the full softmax of H instead. The 1e-2 and the
-    defaults 0.1 and 0.1 are those of the authors' code and language model.
+    defaults 0.1 and 0.1 are those of the authors' code and language model. Uses content. Causal.
     """
 
     def __init__(self, D, E, k=2, importance=0.1, load=0.1):
@@ -294,7 +295,8 @@ class GShard(Gate):
     p = softmax(x W); the two largest, renormalised to g1 + g2 = 1 (before capacity); in training the second expert is
     used with probability min(1, 2 g2) only: a weak second opinion is not worth its slot. At evaluation both are used.
     Balance loss from first choices: E sum_e f_e P_e, 1e-2 as in the authors' code (the paper prints it without E^2).
-    When an expert is full all first choices go before any second choice.
+    When an expert is full all first choices go before any second choice. Uses content. The gate is causal; this order
+    of dropping is not (training with a capacity).
     """
 
     drop_order = "choice"
@@ -325,6 +327,7 @@ class Switch(Gate):
     The weight p_e is what teaches the router. Init: truncated normal, std sqrt(0.1 / D). Balance loss eq. 4 with
     alpha = 0.01. The paper's text multiplies the input by the jitter, its pseudo-code adds it to the logits (nearly
     a no-op under softmax); the authors' code multiplies, and so do we. z: ST-MoE's z-loss, off by default.
+    Uses content. Causal.
     """
 
     def __init__(self, D, E, balance=0.01, jitter=0.01, z=0.0):
@@ -354,13 +357,13 @@ class Switch(Gate):
 def balanced_table(counts, E):
     """(V,) token counts -> (V,) expert numbers: tokens in order of falling count, each to the lightest expert so far
     (Hash Layers, arXiv:2106.04426, section 3.1). The heaviest expert exceeds 1/E of all tokens by at most the most
-    frequent token: a Zipf head cannot be split."""
+    frequent token: a Zipf head cannot be split. Tokens with count 0 (held-out text may have them) take turns."""
     import heapq
 
     table, heap = [0] * len(counts), [(0, e) for e in range(E)]
-    for token in sorted(range(len(counts)), key=lambda t: -counts[t]):
+    for i, token in enumerate(sorted(range(len(counts)), key=lambda t: -counts[t])):
         load, e = heapq.heappop(heap)
-        table[token] = e
+        table[token] = e if counts[token] else i % E  # what weighs nothing would all go to the lightest
         heapq.heappush(heap, (load + counts[token], e))
     return torch.tensor(table)
 
@@ -372,6 +375,7 @@ class Hash(Gate):
     kind="balanced": frequent tokens are dealt to the lightest expert (needs token counts); "random": uniform. Each layer
     has its own table. k > 1 is MultiHash: the experts form k pools and hash j picks one expert from pool j, which is
     an FFN cut into k segments, each segment chosen by its own hash (give the experts 1/k of the width).
+    Uses the token id, never content. Causal.
     """
 
     def __init__(self, D, E, V, k=1, kind="balanced", counts=None, layer=0, seed=0):
@@ -387,7 +391,7 @@ class Hash(Gate):
                 table[j] = torch.randint(E // k, (V,), generator=rng)
             else:  # layers and pools differ by a random relabelling of ties: shuffle before the stable sort
                 order = torch.randperm(V, generator=rng)
-                table[j, order] = balanced_table([int(counts[t]) for t in order.tolist()], E // k)
+                table[j, order] = balanced_table([float(counts[t]) for t in order.tolist()], E // k)
             table[j] += j * (E // k)
         self.register_buffer("table", table)
 
@@ -418,7 +422,7 @@ class DTS(Gate):
     A dropped expert gets no gradient, but comes back when its score does: the others' softmax share it. The balance
     loss is that of y and m, divided by the mean number of experts, and has no gradient while all experts are on.
     reads=id (not in the paper) takes the logits from a learned table by token id instead of from x W: what Hash reads,
-    with what DTS learns. The README says what difference that makes.
+    with what DTS learns. The README says what difference that makes. Uses content, or with reads=id the token id. Causal.
     """
 
     def __init__(self, D, E, k=1, threshold=0.001, tighten=0.5, weights="gumbel", noise="annealed", balance=0.01, reads="content", V=0):
@@ -569,7 +573,8 @@ class StableMoE(Gate):
 
     Stage 1 uses content, stage 2 and every evaluation only the token id, also evaluation in stage 1 (the authors' code;
     the paper infers with the distilled router). Causal. The loads are counts; an expert without tokens gets no
-    gradient from the balance loss. In masked language modelling all [MASK] tokens share an expert from stage 2 on.
+    gradient from the balance loss. In masked language modelling a mask's id is its position (RoBERTa.route_ids), so from
+    stage 2 on masks spread over the experts instead of sharing one.
     stage1: share of the run (`steps`) spent in stage 1; dim: width of the distilled router's embedding.
     Stage 2 is really frozen: set_step takes requires_grad and .grad from `words` and `What`, and AdamW leaves a
     parameter whose grad is None alone, decay and momentum included. (The authors leave zero gradients, with which Adam
@@ -1040,8 +1045,8 @@ class RandomRouted(Gate):
     learned, no losses, causal. Uses domain and token id, never content: the traffic is known before the model runs,
     and the experts of one domain can be cut out as a smaller model. Groups are consecutive experts and differ in size
     by at most one; with more domains than experts, domain d shares expert d % E. Uniform over ids is not uniform over
-    tokens (Zipf): Hash balances by counts, this does not, and in a masked language model all [MASK]s of a domain
-    (12% of its tokens) meet at one expert. The ids of x decide, for masked tokens the corrupted ones.
+    tokens (Zipf): Hash balances by counts, this does not. In a masked language model the corrupted ids decide, and a
+    mask's id is its position (RoBERTa.route_ids): masks, 12% of the tokens, spread over their domain's experts.
     We follow the description in LocMoE (section 3.1); weight 1 is our reading.
     """
 

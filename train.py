@@ -303,8 +303,10 @@ def score_function_term(log_prob, nll, pick, n_global, mesh):
     """The gradient that reaches a sampling gate (REINFORCE): sum over sequences of advantage * log p(its choices) / all.
 
     log_prob (B,) summed over a sequence's tokens and layers; the advantage is the sequence's mean loss minus the mean
-    of the other sequences' (leave one out). Exact for independent data points (tests/); in a deep network, where a
-    token's choice also moves other tokens' losses, a heuristic.
+    of the other sequences' (leave one out). A sequence counts once, whatever its number of targets. Unbiased, in a deep
+    network too, while a sequence's choices move only its own loss and each carries its full log p. With a capacity it is
+    a heuristic: whom a choice crowds out has another loss, which moves the baseline, and the weights of router.Skip scale
+    outputs instead of losses. tests/test_gates_basic.py enumerates both.
     """
     rows = pick.nonzero()[:, 0]
     loss = torch.zeros_like(log_prob).index_add(0, rows, nll.detach().to(log_prob.dtype))

@@ -429,13 +429,6 @@ def test_random_routed_with_more_domains_than_experts():
     assert gate(torch.randn(8, 8), domain, Batch(8, domain=domain)).G.argmax(1).tolist() == [d % 3 for d in range(8)]
 
 
-def test_masked_tokens_of_a_domain_meet_at_one_expert():
-    ids = torch.arange(100)
-    ids[::8] = 49  # a mask id, as the corrupted input has it
-    e = RandomRouted(8, 4, V=100, n_domains=1)(torch.randn(100, 8), ids).G.argmax(1)
-    assert len(e[::8].unique()) == 1
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Kool et al.: enumerate everything
 #
