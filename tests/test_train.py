@@ -704,6 +704,18 @@ def test_torchrun_recovers_from_a_killed_worker(trained, corpora, tmp_path):
     assert_close_run(tmp_path / "one", tmp_path / "out", tol=1e-3)
 
 
+def test_evaluation_samples_and_fine_tuning_on_two_ranks(trained, corpora, tmp_path):
+    for flag in ("--eval_only", "--sample=the cat"):
+        said = [run([f"--out_dir={trained}", flag], tmp_path, world=world).strip().splitlines()[-1] for world in (0, 2)]
+        assert said[0] == said[1]
+    train.main(flags(corpora, tmp_path / "roberta", "--n_experts=2", objective="roberta"))
+    tune = ["--n_experts=2", "--dropout=0", f"--init_from={tmp_path / 'roberta'}"]
+    tune = [f for f in flags(corpora, tmp_path / "two", *tune, objective="classify") if "n_layer" not in f]
+    run(tune, tmp_path, world=2)
+    train.main([*tune, f"--out_dir={tmp_path / 'one'}"])
+    assert_close_run(tmp_path / "one", tmp_path / "two")
+
+
 def test_torchrun_does_not_take_over_an_earlier_run(trained, corpora, tmp_path):
     """A restarted worker resumes what its own launch began, never what was there before."""
     out = copy_of(trained, tmp_path)
