@@ -534,7 +534,7 @@ def test_every_gate_trains_on_ranks_as_on_one(world, corpora, tmp_path):
     for i, gate in enumerate(sorted(gates())):
         for j, objective in enumerate(OBJECTIVES if world == 2 else [OBJECTIVES[i % 3]]):
             mode = [[], ["--capacity_factor=0.7"], ["--dtype=bfloat16"]][(i + j) % 3 if world == 2 else i // 3 % 3]
-            runs.append((f"{gate}-{objective}", [f"--gate={gate}", "--max_steps=2", "--n_experts=4", "--insist", *mode], objective))
+            runs.append((f"{gate}-{objective}", [f"--gate={gate}", "--max_steps=2", "--n_experts=4", "--insist", "--beams=1", "--bleu_sentences=1", "--eval_batches=1", *mode], objective))
     of = lambda out, *more: [flags(corpora, tmp_path / out / name, *argv, *more, objective=o) for name, argv, o in runs]
     children = [mp.get_context("fork").Process(target=train_all, args=(rank, world, ports, of("ranks")))
                 for ports in [[free_port() for _ in runs]] for rank in range(world)]  # fmt: skip
