@@ -993,6 +993,8 @@ class LocMoEPlus(Gate):
     softmax), the temperature sqrt(D), k, the floor, and evaluation: there tokens choose and nobody is dropped. Equation
     6 keeps the "bottom C", which is right for angles; we keep the largest cosines. Losses as in LocMoE, 0.01 each.
     Uses content. In training stage 2 sees later tokens; at evaluation causal.
+    Measured: C falls with features that turn towards the w_e (tests), but in training such a turn has to come by itself:
+    in 300 steps of a small GPT (D 64, stdlib) "slots" stayed between 131 and C0 = 141, and 7 to 47 % were dropped.
     """
 
     causal = "eval"
