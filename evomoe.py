@@ -27,7 +27,7 @@ Decisions (the paper's body and code leave these open):
 - A spawn without change (ratio 0, or copies) keeps the function if the gate's weights sum to 1, which those of DTS do
   at the start; a top-1 gate multiplies by p < 1 and has to recover.
 
-Measured (GPT of 2 layers, both mixtures, D 64, 8 experts, stdlib, 400 steps of 1024 tokens, phases from 0.1, 0.25 and
+Measured (GPT of 2 layers, both mixtures, D 64, 8 experts, stdlib, 400 steps of 1024 tokens, learning rate 2e-3, phases from 0.1, 0.25 and
 0.4 of the run; validation loss of seed 1337 and, where there are two numbers, seed 2; at the hard switch the jump of
 the loss on one batch and the cosine of the gradients before and after):
 
@@ -45,7 +45,9 @@ the loss on one batch and the cosine of the gradients before and after):
   Annealed, the two are equal (0.001 apart while noise lasts), so evaluation is the same gate without noise.
 - Without noise a low temperature alone does not make the gate sparse (7 of 8 experts at tau 0.3): the bar does. It
   rises from 0.001 to 0.5, where there is room for one, and the layers adapt while experts leave one by one.
-- A step costs 174 ms + 98 ms * experts per token (2 layers, D 256, 2048 tokens, one core; r^2 0.994).
+- Time follows the rows: cpu_seconds against experts_per_token in log.jsonl is a line, 94 ms + 7.8 ms * experts per token for the
+  three gpt runs of `tests/claims.py gpt --methods=evomoe` (D 64, 1024 tokens, one core; r^2 0.92 to 0.97), and 174 ms + 98 ms *
+  experts per token where experts weigh more (2 layers, D 256, 2048 tokens; r^2 0.994).
 
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """
