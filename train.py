@@ -71,7 +71,7 @@ class Config:
     # The mixture
     n_experts: int = 8  # experts per MoE layer; 1 is the dense model
     moe_every: int = 2  # every how many layers the FFN is a mixture; 1 means all
-    gate: str = "hash"  # a class of router.py in lower case; hash learns most in a few minutes, see the README
+    gate: str = "hash"  # a class of router.py in lower case; hash learns most in a few minutes (other objectives: switch), see the README
     k: int = 0  # experts per token, for gates that take it; 0 means the gate's own default
     gate_args: str = ""  # the gate's own knobs, like "balance=0.02,jitter=0"; its class in router.py says which
     permute: float = 0.0  # share of the run in which a permutation of the experts is learned (COMET+), 0.01 to 0.1; 0 means none
@@ -137,10 +137,10 @@ class Config:
 # Where an objective wants other defaults than the ones above. Flags on the command line win.
 DEFAULTS = {
     "gpt": dict(dataset="stdlib"),
-    "roberta": dict(dataset="stdlib", n_layer=2, block_size=64, batch_size=64, learning_rate=1.5e-3, max_steps=1000),
+    "roberta": dict(dataset="stdlib", n_layer=2, block_size=64, batch_size=64, learning_rate=3e-3, max_steps=1000, gate="switch"),
     # GLUE's place in the paper, on data that every Python has. Without --init_from it learns from scratch, to compare
     "classify": dict(dataset="stdlib/packages", n_layer=2, block_size=64, batch_size=64, learning_rate=5e-4, warmup=50, dropout=0.1,
-                     max_steps=300, out_dir="out-classify"),  # fmt: skip
+                     max_steps=300, gate="switch", out_dir="out-classify"),  # fmt: skip
     "translation": dict(dataset="grammar", block_size=64, batch_size=64, learning_rate=2e-3, label_smoothing=0.1, n_layer=2, max_steps=1200,
                         gate="switch"),  # fmt: skip
 }
