@@ -181,8 +181,9 @@ class MoE(nn.Module):
             sizes = [len(t) for t in torch.arange(n).tensor_split(self.groups)]
             rows = torch.arange(n, device=x.device) + mesh.rank * n if mesh.world > 1 else None
         else:
-            parts = live.reshape(-1).tensor_split(self.groups)
-            sizes = [len(index)] if self.groups == 1 else torch.stack([part.sum() for part in parts]).tolist()
+            sizes = [len(index)]
+            if self.groups > 1:
+                sizes = torch.stack([part.sum() for part in live.reshape(-1).tensor_split(self.groups)]).tolist()
             domain = domain if domain is None else domain[index]
             rows = index + mesh.rank * n
         node = local = None

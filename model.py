@@ -29,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dist import Mesh
+from evomoe import spawn_step
 from experts import Experts, MoE
 from router import Permuted, make_gate
 
@@ -97,15 +98,15 @@ def make_ffn(cfg, layer, mesh, V, n_experts, is_moe=True, counts=None, n_domains
         ffn = Experts(1, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout, activation=cfg.activation)
         ffn.init(cfg.seed, number, *std)
         return ffn
-    spawn_step = round(cfg.diversify * cfg.max_steps)  # a gate's own schedules count from the spawn
+    steps = cfg.max_steps - spawn_step(cfg)  # a gate's own schedules count from the spawn
     with torch.random.fork_rng(devices=[]):  # the gate draws from its own stream: the rest of the model is not disturbed
         torch.manual_seed(cfg.seed * 1000 + number)
         gate = make_gate(
             cfg.gate, cfg.gate_args, D=cfg.n_embd, E=n_experts, V=V, layer=number, seed=cfg.seed,
-            counts=counts, n_domains=n_domains, steps=cfg.max_steps - spawn_step, **({"k": cfg.k} if cfg.k else {}),
+            counts=counts, n_domains=n_domains, steps=steps, **({"k": cfg.k} if cfg.k else {}),
         )  # fmt: skip
         if cfg.permute:
-            gate = Permuted(gate, cfg.max_steps - spawn_step, cfg.permute, cfg.permute_schedule)
+            gate = Permuted(gate, steps, cfg.permute, cfg.permute_schedule)
     mine = n_experts // mesh.ep  # experts on this rank
     experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout,
                       first=mesh.ep_rank * mine, sharded=True, activation=cfg.activation)  # fmt: skip

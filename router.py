@@ -842,16 +842,14 @@ class Permuted(nn.Module):
             move = lambda t: linear(t, P.t())  # t P
             mixed = move(G)
             moved = mixed * (G.sum(1, keepdim=True) / mixed.sum(1, keepdim=True).clamp(min=1e-9))
+            capacity = None  # every expert sees every token: the gate's own capacity would cut most of them off
         else:
             if not self.frozen:
                 self.harden()
             aux = {**aux, "permutation": G.new_zeros(())}
             move = lambda t: t[..., self.source]
             moved = move(G)
-        if self.training and not self.frozen:
-            capacity = None  # every expert sees every token: the gate's own capacity would cut most of them off
-        elif isinstance(capacity, Tensor):
-            capacity = capacity[self.source]
+            capacity = move(capacity) if isinstance(capacity, Tensor) else capacity
         return Routing(moved, aux, None if priority is None else move(priority), capacity)
 
 

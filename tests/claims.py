@@ -53,7 +53,7 @@ RATES = [f"--learning_rate={rate}" for rate in ("2e-3", "4e-3", "8e-3")]
 SIZES = {  # small enough for a CPU; raise them on a GPU with --flags
     "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --warmup=100 --learning_rate=4e-3",
     "roberta": "--n_layer=2 --n_embd=64 --n_head=4 --block_size=64 --batch_size=64 --max_steps=800 --warmup=100 --learning_rate=4e-3",
-    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=800 --warmup=100 --learning_rate=4e-3 --gate=switch --bleu_sentences=50",
+    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=800 --warmup=100 --learning_rate=4e-3 --bleu_sentences=50",
 }
 
 

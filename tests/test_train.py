@@ -516,13 +516,13 @@ def test_every_gate_trains_and_resumes_bit_for_bit(gate, objective, corpora, tmp
     resume_equals(corpora, tmp_path, objective, f"--gate={gate}", "--dropout=0.1", "--insist")
 
 
-def train_all(rank, world, port, runs):
+def train_all(rank, world, ports, runs):
     """Child process, one rank: every run in turn."""
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
     names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost")
-    for i, argv in enumerate(runs):
-        os.environ.update({k: str(v) for k, v in names.items()} | {"MASTER_PORT": str(port[i])})
+    for argv, port in zip(runs, ports):
+        os.environ.update({k: str(v) for k, v in names.items()} | {"MASTER_PORT": str(port)})
         train.main(argv)
 
 
@@ -536,8 +536,8 @@ def test_every_gate_trains_on_ranks_as_on_one(world, corpora, tmp_path):
         argv = [f"--gate={gate}", "--max_steps=2", "--n_experts=4", "--insist", "--beams=1", "--bleu_sentences=1", "--eval_batches=1", *mode]
         runs.append((f"{gate}-{objective}", argv, objective))
     of = lambda out, *more: [flags(corpora, tmp_path / out / name, *argv, *more, objective=o) for name, argv, o in runs]
-    children = [mp.get_context("fork").Process(target=train_all, args=(rank, world, ports, of("ranks")))
-                for ports in [[free_port() for _ in runs]] for rank in range(world)]  # fmt: skip
+    ports = [free_port() for _ in runs]
+    children = [mp.get_context("fork").Process(target=train_all, args=(rank, world, ports, of("ranks"))) for rank in range(world)]
     for child in children:
         child.start()
     for argv in of("one", f"--groups={world}"):
