@@ -27,8 +27,8 @@ Decisions (the paper's body and code leave these open):
 - A spawn without change (ratio 0, or copies) keeps the function if the gate's weights sum to 1, which those of DTS do
   at the start; a top-1 gate multiplies by p < 1 and has to recover.
 
-Measured (GPT of 2 layers, both mixtures, D 64, 8 experts, stdlib, 400 steps of 1024 tokens, learning rate 2e-3, phases from 0.1, 0.25 and
-0.4 of the run; validation loss of seed 1337 and, where there are two numbers, seed 2; at the hard switch the jump of
+Measured (GPT of 2 layers, both mixtures, D 64, 8 experts, stdlib, 400 steps of 1024 tokens, learning rate 2e-3,
+phases from 0.1, 0.25 and 0.4 of the run; validation loss of seed 1337 and, where there are two numbers, seed 2; at the hard switch the jump of
 the loss on one batch and the cosine of the gradients before and after):
 
     dense                                             5.304  5.357
