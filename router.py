@@ -979,20 +979,25 @@ class LocMoEPlus(Gate):
         affinity[n, e] = cos(x_n, w_e)                      w_e: the pooling rows of LocMoE; no parameters
         1. each token chooses its k best experts            G = softmax(sqrt(D) * affinity) over the chosen
         2. each expert keeps the C_e best of its choosers   the layer drops: priority = affinity, capacity = C
-        C_e: the fewest best choosers whose affinities add up to the sum that full experts
-             (C0 = capacity_factor * k N / E tokens) would have with features of random direction; in [floor * C0, C0]
+        C_e: the fewest best choosers whose affinities add up to C0 * a;   C0 = capacity_factor * k N / E full slots,
+             a the lowest mean affinity of a batch so far; clipped to [floor * C0, C0]
 
-    As features turn towards the w_e each token brings more affinity, the same sum is reached sooner and C falls. The
-    paper says that a threshold on the sum of affinities sets C, prints no formula, and supports a falling C by the
-    ever fewer irrelevant tokens that outscore a relevant one (its theorem 5), while its closed form *rises* with the
-    cosine. A share of the current sum would not do: it stays put when all affinities grow alike. C_e is estimated per
-    routing group and averaged over groups; "slots" in aux is its mean, to be watched next to the share of dropped
-    pairs, which is what the speed is bought with. Also open in the paper and chosen here: weights (for k = 1 the full
-    softmax), the temperature sqrt(D), k, the floor, and evaluation: there tokens choose and nobody is dropped. Equation
-    6 keeps the "bottom C", which is right for angles; we keep the largest cosines. Losses as in LocMoE, 0.01 each.
-    Uses content. In training stage 2 sees later tokens; at evaluation causal.
-    Measured: C falls with features that turn towards the w_e (tests), but in training such a turn has to come by itself:
-    in 300 steps of a small GPT (D 64, stdlib) "slots" stayed between 131 and C0 = 141, and 7 to 47 % were dropped.
+    A threshold on the sum of affinities sets C, as the paper says; which one it does not. Ours is what full experts
+    had together when the features were least aligned. From then on, as features turn towards the w_e, each token
+    brings more, the sum is reached sooner and C falls. (a starts at the value for random directions, from which the
+    first steps of training lead down. A share of the current sum would not do: it stays put when all affinities grow
+    alike.) The paper supports a falling C by the ever fewer irrelevant tokens that outscore a relevant one (theorem 5),
+    while its closed form *rises* with the cosine. C_e is estimated per routing group and averaged over groups; "slots"
+    in aux is its mean, to be watched next to the share of dropped pairs, which is what the speed is bought with.
+    Also open in the paper and chosen here: weights (for k = 1 the full softmax), the temperature sqrt(D), k, the floor,
+    and evaluation: there tokens choose and nobody is dropped. Equation 6 keeps the "bottom C", which is right for
+    angles; we keep the largest cosines. Losses as in LocMoE, 0.01 each. Uses content. In training stage 2 sees later
+    tokens; at evaluation causal.
+
+    Measured (python train.py --gate=locmoeplus, one seed, mean of both layers): "slots" 261 of C0 = 282 at the start, 178
+    at step 120, 150 at 200, 131 at 400, 125 at 600, where 53 % of the pairs are dropped; held-out loss 4.479, against
+    4.470 with C0 throughout (floor=1, 4 % dropped at the end). Theorem 5 taken literally, C_e = 2 n q with those that
+    chose the expert for relevant, stays between 139 and 188 from step 120 on, and gives 4.480.
     """
 
     causal = "eval"
@@ -1004,17 +1009,17 @@ class LocMoEPlus(Gate):
             raise ValueError(f"locmoeplus: E={E} must divide the width D={D}: each expert reads a block of features")
         self.eps, self.capacity_factor, self.floor = eps, capacity_factor, floor
         z = torch.randn(4096, E, generator=torch.Generator().manual_seed(0))
-        self.random_affinity = z.topk(k, dim=1).values.relu().mean().item() * D**-0.5
+        self.register_buffer("least", z.topk(k, dim=1).values.relu().mean() * D**-0.5)
         self.weights = {"balance": balance, "locality": locality}
 
     def slots(self, affinity, idx):
         """Slots per expert for one group: affinity, idx (n, k) of the chosen -> (n, E), the same in every row."""
         most = math.ceil(self.capacity_factor * idx.numel() / self.E)
-        expert, a = idx.flatten(), affinity.flatten().double().clamp(min=0)
+        expert, a = idx.flatten(), affinity.flatten().double()
         order, _, _ = queue(expert, a, self.E)
         total = a.new_zeros(self.E).scatter_add(0, expert, a)
         before = (a[order].cumsum(0) - a[order]) - (total.cumsum(0) - total)[expert[order]]  # ahead of me in my queue
-        goal = most * self.random_affinity
+        goal = most * self.least.double()
         need = a.new_zeros(self.E).scatter_add(0, expert[order], (before < goal).double())
         need = torch.where(total < goal, most, need).clamp(math.ceil(self.floor * most), most)
         return need.float().expand(len(idx), self.E)
@@ -1031,7 +1036,9 @@ class LocMoEPlus(Gate):
         aux = {"balance": balance_loss(p, chosen, batch), "locality": locality_loss(p, batch, self.eps)}
         if not self.training:
             return Routing(scatter(idx, w, self.E), aux)
-        C = batch.mean(batch.per_group(self.slots, top.detach(), idx)).round().long()  # (E,)
+        top = top.detach().clamp(min=0)
+        self.least.copy_(torch.minimum(self.least, batch.mean(top.mean(1))))
+        C = batch.mean(batch.per_group(self.slots, top, idx)).round().long()  # (E,)
         aux["slots"] = C.float().mean()
         return Routing(scatter(idx, w, self.E), aux, priority=cos.detach(), capacity=C)
 

@@ -776,8 +776,8 @@ def train(run):
         say(text + f"\n\n{test}: BLEU {scores['bleu']:.2f}, {scores['exact']:.1%} exactly as the reference ({scores['sentences']} sentences, beam of {cfg.beams})")
     else:
         say(show_sample(run.model, corpus, cfg, mesh, None, run.autocast))
-    say("-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\", --gate=switch, --n_experts=1 "
-        "(the dense model), --max_steps=3000, each with its own --out_dir")  # fmt: skip
+    say("-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\"; or, with an "
+        f"--out_dir of its own, another --gate, --n_experts=1 (the dense model), --max_steps={5 * cfg.max_steps}")  # fmt: skip
 
 
 def score(run, given):

@@ -343,30 +343,42 @@ def test_plus_weights_are_the_softmax_over_the_chosen():
 
 
 def test_slots_by_brute_force():
-    gate = LocMoEPlus(32, 4, k=2, floor=0.1, capacity_factor=1.1)
-    for x in (torch.randn(60, 32), torch.randn(60, 32) + 2 * F.one_hot(torch.arange(60) % 4, 4).repeat_interleave(8, 1)):
-        r = gate(x, torch.zeros(60))
-        most = math.ceil(1.1 * 2 * 60 / 4)
+    """Steps of more and less aligned features, each held against the least aligned so far."""
+    gate, ids = LocMoEPlus(32, 4, k=2, floor=0.1, capacity_factor=1.1), torch.zeros(60)
+    noise, goal = torch.randn(60, 32), 2 * F.one_hot(torch.arange(60) % 4, 4).repeat_interleave(8, 1)
+    most, least = math.ceil(1.1 * 2 * 60 / 4), gate.least.item()
+    assert least == pytest.approx(torch.randn(20000, 4).topk(2, 1).values.relu().mean().item() * 32**-0.5, rel=0.03)
+    seen = set()
+    for x in (noise + 0.3 * goal, noise - 0.3 * block_means(noise, 4).repeat_interleave(8, 1), noise, noise + 0.1 * goal, noise + goal):
+        r = gate(x, ids)
+        least = min(least, r.priority.topk(2, 1).values.clamp(min=0).mean().item())
+        assert gate.least.item() == pytest.approx(least)
         for e in range(4):
-            a, goal, n = sorted(r.priority[r.G[:, e] > 0, e].clamp(min=0).tolist(), reverse=True), 0, 0
-            goal = most * gate.random_affinity
-            while n < len(a) and sum(a[:n]) < goal:
+            a, n = sorted(r.priority[r.G[:, e] > 0, e].clamp(min=0).tolist(), reverse=True), 0
+            while n < len(a) and sum(a[:n]) < most * least:
                 n += 1
-            want = most if sum(a) < goal else min(max(n, math.ceil(0.1 * most)), most)
+            want = most if sum(a) < most * least else min(max(n, math.ceil(0.1 * most)), most)
             assert r.capacity[e] == want
+            seen.add(want)
+    assert most in seen and len(seen) > 8
+    gate.eval()(0.01 * noise, ids)
+    assert gate.least.item() == pytest.approx(least)  # training sets the bar
 
 
 def test_tokens_per_expert_fall_as_features_converge():
+    """Also when they start worse than at random, and from a fresh gate."""
     torch.manual_seed(0)
-    gate, ids = LocMoEPlus(64, 8, floor=0.2), torch.zeros(800, dtype=torch.long)
+    ids = torch.zeros(800, dtype=torch.long)
     direction, noise = F.one_hot(torch.arange(800) % 8, 8).repeat_interleave(8, 1).float(), torch.randn(800, 64)
-    slots = []
-    for t in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        r = gate(t * direction * 64**0.5 / 8 * 2 + (1 - t) * noise, ids)
-        assert r.aux["slots"].item() == pytest.approx(r.capacity.float().mean().item())
-        slots.append(r.aux["slots"].item())
-    assert slots[0] > 0.85 * 110 and all(a >= b for a, b in zip(slots, slots[1:])) and 22 <= slots[-1] <= 23  # the floor
-    assert gate.eval()(noise, ids).capacity is None
+    for x in (noise, noise - 0.5 * block_means(noise, 8).repeat_interleave(8, 1)):
+        gate, slots = LocMoEPlus(64, 8, floor=0.2), []
+        for t in (0, 0.2, 0.4, 0.6, 0.8, 1):
+            r = gate(t * direction * 64**0.5 / 8 * 2 + (1 - t) * x, ids)
+            assert r.aux["slots"].item() == pytest.approx(r.capacity.float().mean().item())
+            slots.append(r.aux["slots"].item())
+        assert slots[0] > 0.85 * 110 and all(a >= b for a, b in zip(slots, slots[1:])) and 22 <= slots[-1] <= 23  # the floor
+        assert gate.eval()(noise, ids).capacity is None
+    assert LocMoEPlus(64, 8, floor=0.2)(direction, ids).aux["slots"] < 25
 
 
 def test_theorem_5_against_simulation():

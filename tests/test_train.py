@@ -5,6 +5,7 @@ A command runs as a fork of this process, which has imported torch already: `pyt
 exit status and streams, without 6 s of imports. Where torchrun itself matters, it is the real one.
 """
 import base64
+import itertools
 import json
 import os
 import re
@@ -509,47 +510,57 @@ def resume_equals(corpora, tmp_path, objective, *more):
     assert_same_run(out, again)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("gate", sorted(gates()))
-def test_every_gate_trains_and_resumes_bit_for_bit(gate, objective, corpora, tmp_path):
-    """On every objective, with dropout and noise: what the gate remembers is in the checkpoint."""
-    resume_equals(corpora, tmp_path, objective, f"--gate={gate}", "--dropout=0.1", "--insist")
-
-
-def train_all(rank, world, ports, runs):
-    """Child process, one rank: every run in turn."""
+def train_all(rank, world, runs):
+    """Child process, one rank of `world`: every run (port, flags) in turn."""
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
-    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost")
-    for argv, port in zip(runs, ports):
+    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost") if world > 1 else {}
+    for port, argv in runs:
         os.environ.update({k: str(v) for k, v in names.items()} | {"MASTER_PORT": str(port)})
         train.main(argv)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_every_gate_trains_on_ranks_as_on_one(world, corpora, tmp_path):
-    """Through train.py: every gate; objectives, and capacity, dropless, bfloat16 by turns, other turns on 4 ranks than on 2.
-    The losses are those of one process with as many routing groups."""
-    runs = []
-    for i, gate in enumerate(sorted(gates())):
-        objective, mode = OBJECTIVES[(i + world // 4) % 3], [[], ["--capacity_factor=0.7"], ["--dtype=bfloat16"]][(i // 3 + world // 4) % 3]
-        argv = [f"--gate={gate}", "--max_steps=2", "--n_experts=4", "--insist", "--beams=1", "--bleu_sentences=1", "--eval_batches=1", *mode]
-        runs.append((f"{gate}-{objective}", argv, objective))
-    of = lambda out, *more: [flags(corpora, tmp_path / out / name, *argv, *more, objective=o) for name, argv, o in runs]
-    ports = [free_port() for _ in runs]
-    children = [mp.get_context("fork").Process(target=train_all, args=(rank, world, ports, of("ranks"))) for rank in range(world)]
+def on_processes(runs):
+    """{processes: [flags of a run]}: one run after the other on 1, on 2 and on 4 processes, all at the same time."""
+    runs = {world: [(free_port(), argv) for argv in argvs] for world, argvs in runs.items()}
+    children = [mp.get_context("fork").Process(target=train_all, args=(r, w, runs[w])) for w in runs for r in range(w)]
     for child in children:
         child.start()
-    for argv in of("one", f"--groups={world}"):
-        train.main(argv)
     for child in children:
-        child.join(100)
+        child.join(900)
         child.kill()
         assert child.exitcode == 0
-    for name, argv, _ in runs:
-        tol = 0.02 if "--dtype=bfloat16" in argv else 1e-4
-        a, b = ([e["loss"] for e in log(tmp_path / out / name) if "loss" in e] for out in ("one", "ranks"))
-        assert len(a) == 2 and a == pytest.approx(b, rel=tol), name
+
+
+@pytest.mark.parametrize("gate", sorted(gates()))
+def test_every_gate_in_the_training_loop(gate, corpora, tmp_path, request):
+    """Three objectives x 1, 2 and 4 processes x with and without capacity x float32 and bfloat16. In one turn each gate
+    meets each of these once; 12 turns (`pytest tests/test_train.py -k every_gate --turns=12`) are the whole product.
+    Several processes lose what one with as many routing groups loses; a run taken up in its middle is the uninterrupted
+    one bit for bit, with what the gate remembers and its schedules."""
+    whole, again, twins = {1: [], 2: [], 4: []}, {1: [], 2: [], 4: []}, []
+    for turn, o in itertools.product(range(request.config.getoption("--turns")), range(3)):
+        i = o + sorted(gates()).index(gate)
+        objective, world = OBJECTIVES[o], [1, 2, 4][(i + turn) % 3]
+        mode = [[], ["--capacity_factor=0.7"], ["--dtype=bfloat16"], ["--capacity_factor=0.7", "--dtype=bfloat16"]][(i + turn // 3) % 4]
+        argv = [f"--gate={gate}", "--n_experts=4", "--insist", "--save_every=3", "--beams=1", "--bleu_sentences=1", "--eval_batches=1", *mode]
+        name = lambda kind: tmp_path / kind / f"{objective}-{world}-{turn}"
+        whole[world].append(flags(corpora, name("whole"), *argv, *["--dropout=0.1"] * (world == 1), objective=objective))
+        again[world].append([f"--out_dir={name('again')}", "--init_from=resume"])
+        if world > 1:
+            twins.append((name("twin"), name("whole"), 0.02 if "--dtype=bfloat16" in mode else 1e-4))
+            whole[1].append(flags(corpora, name("twin"), *argv, f"--groups={world}", objective=objective))
+    on_processes(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for last in tmp_path.glob(f"again/*/{LAST}"):
+        last.unlink()
+    on_processes(again)
+    for run in (tmp_path / "whole").iterdir():
+        assert newest(tmp_path / "again" / run.name)["step"] == 6
+        assert_same_run(run, tmp_path / "again" / run.name)
+    for one, many, tol in twins:
+        a, b = ([e["loss"] for e in log(out) if "loss" in e] for out in (one, many))
+        assert len(a) == 6 and a == pytest.approx(b, rel=tol), many.name
 
 
 @pytest.mark.parametrize("world", [2, 4])
