@@ -46,14 +46,15 @@ KNOBS = {  # for every method three learning rates; then, at its best one, a few
     "hash": ["--gate_args=kind=random", "--diversify=0.1"],
     "base": [],
     "stablemoe": ["--gate_args=stage1=0.25", "--gate_args=balance=0.03"],
-    "evomoe": ["--diversify=0", "--diversify=0.2", "--gate_args=balance=0", "--gate_args=balance=0.1", "--tau_until=0.5 --hard_at=0.7", "--spawn=noise"],
+    "evomoe": ["--diversify=0", "--diversify=0.2", "--gate_args=balance=0", "--gate_args=balance=0.1", "--diversify=0.2 --hard_at=0.35",
+               "--tau_until=0.5 --hard_at=0.7", "--spawn=noise"],
     "evomoe_id": [],
 }
 RATES = [f"--learning_rate={rate}" for rate in ("2e-3", "4e-3", "8e-3")]
 SIZES = {  # small enough for a CPU; raise them on a GPU with --flags
-    "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --warmup=100 --learning_rate=4e-3",
-    "roberta": "--n_layer=2 --n_embd=64 --n_head=4 --block_size=64 --batch_size=64 --max_steps=800 --warmup=100 --learning_rate=4e-3",
-    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=800 --warmup=100 --learning_rate=4e-3 --bleu_sentences=50",
+    "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --warmup=200 --learning_rate=4e-3",
+    "roberta": "--n_layer=2 --n_embd=64 --n_head=4 --block_size=64 --batch_size=64 --max_steps=600 --warmup=200 --learning_rate=4e-3",
+    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=800 --warmup=200 --learning_rate=4e-3 --bleu_sentences=50",
 }
 
 
@@ -211,10 +212,11 @@ def tune(a):
         rates = {m: {rate: job(m, rate) for rate in RATES} for m in KNOBS}
         best = {m: min(by, key=lambda rate: by[rate].result()["loss"]) for m, by in rates.items()}
         more = {m: {knob: job(m, f"{best[m]} {knob}") for knob in KNOBS[m]} for m in KNOBS}
-        print("\n| method | knob | loss |\n|---|---|---|")
-        for m in KNOBS:
-            for knob, f in (rates[m] | more[m]).items():
-                print(f"| {m} | `{knob}` | {f.result()['loss']:.3f} |")
+        table = {m: {k: f.result()["loss"] for k, f in (rates[m] | more[m]).items()} for m in KNOBS}
+    print("\n| method | learning rate, or knob at the best one | loss |\n|---|---|---|")
+    for m, by in table.items():
+        for knob, loss in by.items():
+            print(f"| {m} | `{knob}` | {loss:.3f} |")
 
 
 def main():
