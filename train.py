@@ -100,7 +100,7 @@ class Config:
     learning_rate: float = 4e-3  # peak; 2e-3 to 4e-3 for models as small as this one, 1e-4 to 1e-3 for large ones
     min_lr: float = 0.1  # final learning rate as a share of the peak
     schedule: str = "cosine"  # cosine, or inverse_sqrt (the original Transformer's)
-    warmup: int = 100  # steps until the peak; shorter ones make the first 200 steps a matter of luck at this rate
+    warmup: int = 200  # steps until the peak, at most half the run; with 50 or 100 the early loss is a matter of luck at this rate
     weight_decay: float = 0.1  # on matrices, not on biases, gains and embeddings of positions
     beta1: float = 0.9  # AdamW
     beta2: float = 0.98  # AdamW; 0.95 to 0.999
@@ -279,11 +279,12 @@ def sample_losses(model, corpus, cfg, device, n=256):
 
 def learning_rate(step, cfg):
     """Linear warmup to the peak, then cosine to min_lr * peak at max_steps, or peak * sqrt(warmup / step)."""
-    if step < cfg.warmup:
-        return cfg.learning_rate * (step + 1) / cfg.warmup
+    warmup = min(cfg.warmup, cfg.max_steps // 2)  # a short run should reach its peak, and come down again
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
     if cfg.schedule == "inverse_sqrt":
-        return cfg.learning_rate * (max(cfg.warmup, 1) / (step + 1)) ** 0.5
-    t = min(1.0, (step - cfg.warmup) / max(1, cfg.max_steps - cfg.warmup))
+        return cfg.learning_rate * (max(warmup, 1) / (step + 1)) ** 0.5
+    t = min(1.0, (step - warmup) / max(1, cfg.max_steps - warmup))
     return cfg.learning_rate * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * t)))
 
 

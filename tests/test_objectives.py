@@ -434,6 +434,13 @@ def test_batches_of_pairs(corpora):
 
 
 def test_inverse_sqrt_schedule():
-    cfg = config(schedule="inverse_sqrt", warmup=100, learning_rate=1.0)
+    cfg = config(schedule="inverse_sqrt", warmup=100, learning_rate=1.0, max_steps=600)
     rate = [train.learning_rate(step, cfg) for step in (0, 49, 99, 399)]
     assert np.allclose(rate, [0.01, 0.5, 1.0, 0.5])
+
+
+def test_a_short_run_reaches_its_peak_half_way():
+    cfg = config(warmup=200, learning_rate=1.0, max_steps=100, min_lr=0.1)
+    rate = [train.learning_rate(step, cfg) for step in range(101)]
+    assert np.allclose([rate[0], rate[24], rate[49], rate[50], rate[75], rate[100]], [0.02, 0.5, 1, 1, 0.55, 0.1])
+    assert train.learning_rate(0, config(warmup=200, learning_rate=1.0, max_steps=1)) == 1
