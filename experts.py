@@ -16,7 +16,8 @@ of each expert set to zero (drop); padding is rows that never reach the gate.
 Decisions, with the reason measured on 2 CPU cores at N 8192, D 256, H 1024, k 2 (python tests/bench.py):
 - torch.nn.functional.grouped_mm instead of a loop over experts: see the benchmark for the ratio, it grows with E.
 - Never an (N, E, C) one-hot tensor: it is quadratic in N (C grows with N).
-- One device sync per layer: nonzero() has to know M. A static (E, C) table avoids it, and computes padding instead.
+- One device sync per layer: nonzero() has to know M (one more with capacity, one with padding). A static (E, C) table
+  avoids it, and computes padding instead.
 
 Letters: N tokens, D width, H expert hidden width, E experts, M rows = non-zeros of G, C capacity.
 """
@@ -71,7 +72,7 @@ class Experts(nn.Module):
             y = self.dropout(F.gelu(h, approximate=self.gelu)) @ w2[0]
             return y if b2 is None else y + b2[0]
         h = grouped_mm(rows, w1.transpose(1, 2), counts)  # (M, H)
-        h = h if b1 is None else h + b1.repeat_interleave(counts, 0, output_size=len(rows))
+        h = h if b1 is None else h + b1.to(h.dtype).repeat_interleave(counts, 0, output_size=len(rows))
         y = grouped_mm(self.dropout(F.gelu(h, approximate=self.gelu)), w2, counts)  # (M, D)
         return y if b2 is None else y + b2.repeat_interleave(counts, 0, output_size=len(rows))
 
@@ -100,7 +101,7 @@ def drop(G, capacity, priority=None):
         by_priority = priority[token, expert].argsort(descending=True, stable=True)
         order = by_priority[expert[by_priority].argsort(stable=True)]
         expert, token = expert[order], token[order]
-    counts = torch.bincount(expert, minlength=G.shape[1])  # (E,)
+    counts = (G != 0).sum(0)  # (E,); bincount would synchronise
     place = torch.arange(len(expert), device=G.device) - (counts.cumsum(0) - counts)[expert]  # place in the queue
     capacity = torch.as_tensor(capacity, device=G.device).expand(G.shape[1])
     over = torch.zeros_like(G, dtype=torch.bool)
@@ -188,7 +189,7 @@ class MoE(nn.Module):
             rows = index + mesh.rank * n
         node = local = None
         if self.nodes > 1:  # several nodes, real (mesh) or played by the groups of one process
-            group_node = [mesh.node] if mesh.world > 1 else [g * self.nodes // self.groups for g in range(self.groups)]
+            group_node = [mesh.node if mesh.world > 1 else g * self.nodes // self.groups for g in range(self.groups)]
             node = torch.tensor(group_node, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))
             local = local_experts(mesh, self.gate.E, self.nodes).to(x.device)
         return Batch(sum(sizes), rows, n * mesh.world, sizes, domain, node, local, mesh if mesh.world > 1 else None)
@@ -203,18 +204,22 @@ class MoE(nn.Module):
         if priority is None:
             priority = drop_priority(self.drop_order, G, batch)
 
-        def drop_group(G, priority=None):
+        if torch.is_tensor(capacity):
+            capacity = capacity.expand(len(G), -1)  # (N, E)
+
+        def drop_group(G, priority, capacity):
             slots = math.ceil(factor * self.gate.k * len(G) / self.gate.E) if capacity is None else capacity
+            slots = slots[:1].sum(0) if torch.is_tensor(slots) else slots  # the rows of a group are equal, or none
             return drop(G, slots, priority)
 
-        return batch.per_group(drop_group, *(t for t in (G, priority) if t is not None))
+        return batch.per_group(drop_group, G, priority, capacity)
 
     @torch.compiler.disable
     def dispatch(self, x, G):
         """x (N, D), G (N, E) -> y (N, D): computes exactly the rows where G is not zero."""
         N, E = G.shape
-        expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert; the one sync
-        counts = torch.bincount(expert, minlength=E)  # (E,)
+        expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert; the sync
+        counts = (G != 0).sum(0)  # (E,)
         rows = x.index_select(0, token)  # (M, D)
         rows, my_counts, back = self.mesh.to_experts(rows, counts)
         rows = self.experts(rows, my_counts)

@@ -163,7 +163,7 @@ class Model(nn.Module):
             if p.dim() >= 2 and ".ffn." not in name:
                 scale = 1 / math.sqrt(2 * self.cfg.n_layer) if name.endswith("out.weight") else 1
                 p.normal_(0, scale * (std if ".attn." in name or ".cross." in name else 0.02), generator=rng)
-            elif name.endswith(".bias"):
+            elif name.endswith(".bias") and ".ffn." not in name:
                 p.zero_()
 
     def embed(self, x, start=0):

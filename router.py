@@ -47,7 +47,8 @@ class Routing(NamedTuple):
               One name is special: "log_prob" (N,), the log probability of each token's sampled choice, which
               train.py multiplies by the advantage (the score-function gradient)
     priority  (N, E) or None: who keeps a slot when an expert is full, higher first (None: the gate's drop_order)
-    capacity  slots per expert, an int or an (E,) tensor, or None (the layer's capacity factor decides)
+    capacity  slots per expert: an int, an (E,) tensor, an (N, E) tensor with equal rows in each routing group, or None
+              (the layer's capacity factor decides)
     """
 
     G: Tensor
@@ -76,7 +77,8 @@ class Batch:
 
     def rand(self, cols, device=None, dtype=torch.float32):
         """(n, cols) uniform in [0, 1). Drawn for the whole global batch and then sliced, so that a token's noise does
-        not depend on the number of ranks (train.py seeds the generator per step, alike on every rank)."""
+        not depend on the number of ranks (train.py seeds the generator per step, alike on every rank; with dropout the
+        ranks draw different amounts and their streams part)."""
         u = torch.rand(self.total, cols, device=device, dtype=dtype)
         return u if self.rows is None else u[self.rows]
 
@@ -102,11 +104,12 @@ class Batch:
         s = self.sum(torch.cat([rows, t.new_ones(t.shape[0], 1)], 1))
         return (s[:-1] / s[-1].detach().clamp(min=1)).view(t.shape[1:])
 
-    def per_group(self, fn, *tensors):
-        """fn on each routing group's rows, results concatenated; every tensor (n, ...)."""
+    def per_group(self, fn, *args):
+        """fn on each routing group's rows, results concatenated; tensors (n, ...) are split, all else is passed on."""
         if len(self.sizes) == 1:
-            return fn(*tensors)
-        return torch.cat([fn(*rows) for rows in zip(*(t.split(self.sizes) for t in tensors))])
+            return fn(*args)
+        parts = [t.split(self.sizes) if isinstance(t, Tensor) else [t] * len(self.sizes) for t in args]
+        return torch.cat([fn(*rows) for rows in zip(*parts)])
 
 
 class Gate(nn.Module):
@@ -284,7 +287,8 @@ class NoisyTopK(Gate):
         aux = {"importance": cv_squared(batch.sum(G))}
         if self.training and self.k < self.E:
             # the bar that expert e has to clear: the k-th largest of the *other* noisy logits
-            bar = torch.where(G > 0, top[:, self.k : self.k + 1], top[:, self.k - 1 : self.k])
+            chosen = scatter(idx[:, : self.k], torch.ones_like(w), self.E) > 0
+            bar = torch.where(chosen, top[:, self.k : self.k + 1], top[:, self.k - 1 : self.k])
             aux["load"] = cv_squared(batch.sum(torch.special.ndtr((clean - bar) / sigma)))
         return Routing(G, aux)
 
@@ -838,7 +842,8 @@ class Permuted(nn.Module):
         G, aux, priority, capacity = self.gate(x, ids, batch)
         if self.training and not self.frozen:
             P = self.soft()
-            aux = {**aux, "permutation": entropy(P).sum() + entropy(P / P.sum(1, keepdim=True)).sum()}
+            loss = entropy(P).sum() + entropy(P / P.sum(1, keepdim=True)).sum()  # of no token: each rank adds its share
+            aux = {**aux, "permutation": (batch or Batch(len(x))).mean(loss.expand(len(x)))}
             move = lambda t: linear(t, P.t())  # t P
             mixed = move(G)
             moved = mixed * (G.sum(1, keepdim=True) / mixed.sum(1, keepdim=True).clamp(min=1e-9))
@@ -987,8 +992,8 @@ class LocMoEPlus(Gate):
     brings more, the sum is reached sooner and C falls. (a starts at the value for random directions, from which the
     first steps of training lead down. A share of the current sum would not do: it stays put when all affinities grow
     alike.) The paper supports a falling C by the ever fewer irrelevant tokens that outscore a relevant one (theorem 5),
-    while its closed form *rises* with the cosine. C_e is estimated per routing group and averaged over groups; "slots"
-    in aux is its mean, to be watched next to the share of dropped pairs, which is what the speed is bought with.
+    while its closed form *rises* with the cosine. Each routing group estimates its own C_e; "slots" in aux is the mean,
+    to be watched next to the share of dropped pairs, which is what the speed is bought with.
     Also open in the paper and chosen here: weights (for k = 1 the full softmax), the temperature sqrt(D), k, the floor,
     and evaluation: there tokens choose and nobody is dropped. Equation 6 keeps the "bottom C", which is right for
     angles; we keep the largest cosines. Losses as in LocMoE, 0.01 each. Uses content. In training stage 2 sees later
@@ -1007,13 +1012,15 @@ class LocMoEPlus(Gate):
         super().__init__(D, E, k)
         if D % E:
             raise ValueError(f"locmoeplus: E={E} must divide the width D={D}: each expert reads a block of features")
+        if capacity_factor <= 0 or not 0 <= floor <= 1:
+            raise ValueError(f"locmoeplus: capacity_factor={capacity_factor} must be positive, and floor={floor} from 0 to 1")
         self.eps, self.capacity_factor, self.floor = eps, capacity_factor, floor
         z = torch.randn(4096, E, generator=torch.Generator().manual_seed(0))
         self.register_buffer("least", z.topk(k, dim=1).values.relu().mean() * D**-0.5)
         self.weights = {"balance": balance, "locality": locality}
 
     def slots(self, affinity, idx):
-        """Slots per expert for one group: affinity, idx (n, k) of the chosen -> (n, E), the same in every row."""
+        """Slots per expert for one routing group: affinity, idx (n, k) of the chosen -> (n, E) long, equal rows."""
         most = math.ceil(self.capacity_factor * idx.numel() / self.E)
         expert, a = idx.flatten(), affinity.flatten().double()
         order, _, _ = queue(expert, a, self.E)
@@ -1022,7 +1029,7 @@ class LocMoEPlus(Gate):
         goal = most * self.least.double()
         need = a.new_zeros(self.E).scatter_add(0, expert[order], (before < goal).double())
         need = torch.where(total < goal, most, need).clamp(math.ceil(self.floor * most), most)
-        return need.float().expand(len(idx), self.E)
+        return need.long().expand(len(idx), self.E)
 
     def forward(self, x, ids, batch=None):
         batch = batch or Batch(len(x))
@@ -1037,9 +1044,10 @@ class LocMoEPlus(Gate):
         if not self.training:
             return Routing(scatter(idx, w, self.E), aux)
         top = top.detach().clamp(min=0)
-        self.least.copy_(torch.minimum(self.least, batch.mean(top.mean(1))))
-        C = batch.mean(batch.per_group(self.slots, top, idx)).round().long()  # (E,)
-        aux["slots"] = C.float().mean()
+        mean = batch.mean(top.mean(1))
+        self.least.copy_(torch.where(mean > 0, torch.minimum(self.least, mean), self.least))  # an empty batch says nothing
+        C = batch.per_group(self.slots, top, idx)  # (N, E)
+        aux["slots"] = batch.mean(C.float().mean(1))
         return Routing(scatter(idx, w, self.E), aux, priority=cos.detach(), capacity=C)
 
 
@@ -1053,7 +1061,8 @@ class RandomRouted(Gate):
     and the experts of one domain can be cut out as a smaller model. Groups are consecutive experts and differ in size
     by at most one; with more domains than experts, domain d shares expert d % E. Uniform over ids is not uniform over
     tokens (Zipf): Hash balances by counts, this does not. In a masked language model the corrupted ids decide, and a
-    mask's id is its position (RoBERTa.route_ids): masks, 12% of the tokens, spread over their domain's experts.
+    mask's id is its position (RoBERTa.route_ids): masks, 12% of the tokens, spread over their domain's experts. A prompt
+    (--sample) counts as the first domain.
     We follow the description in LocMoE (section 3.1); weight 1 is our reading.
     """
 
@@ -1116,6 +1125,8 @@ class Skip(Gate):
 
     def __init__(self, D, E, capacity_factor=1.0):
         super().__init__(D, E, k=1)
+        if capacity_factor <= 0:
+            raise ValueError(f"skip: capacity_factor={capacity_factor} leaves no slots: use a positive one, 1 for equal loads")
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
         self.capacity_factor = capacity_factor
 
@@ -1157,7 +1168,7 @@ def best_assignment(S, c):
     shortest paths from overfull to underfull experts in the graph of cheapest moves: each move keeps it optimal for
     its loads. O(E^3 + n) per unit of excess, typically 1% of n. Empty slots are tokens that do not care.
     """
-    S = S.detach().cpu().numpy()
+    S = S.detach().nan_to_num(0, math.inf, -math.inf).cpu().numpy()  # NaN: the loop says so, with the step
     n, E = S.shape
     v, spare, t = np.zeros(E, S.dtype), E * c - n, max(1.0, float(S.max() - S.min()) / 8)
     while t > 0.03:
@@ -1337,7 +1348,7 @@ class DeepSeekV3(Gate):
         if self.training:
             with torch.no_grad():
                 self.load += batch.sum(chosen.to(self.load.dtype))
-        aux = {"balance": balance_loss(s / s.sum(1, keepdim=True), chosen, batch)}
+        aux = {"balance": balance_loss(s / s.sum(1, keepdim=True).clamp(min=1e-20), chosen, batch)}
         return Routing(scatter(idx, self.route_scale * w, self.E), aux)
 
     @torch.no_grad()

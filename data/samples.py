@@ -50,12 +50,12 @@ def continue_text(model, corpus, cfg, mesh, prompt, autocast):
     return corpus.tok.decode([t for t in y[0].tolist() if t < corpus.tok.eot])
 
 
-def fill_masks(model, corpus, ids, mesh, autocast, truth=None):
+def fill_masks(model, corpus, ids, mesh, autocast, truth=None, domain=0):
     """RoBERTa: token ids -> the text with [1], [2], ... where the masks are, and the five likeliest tokens for each.
-    truth: the ids without masks, if they are known."""
+    truth: the ids without masks, if they are known; domain: its number, for gates that route by it."""
     x = torch.tensor([ids], device=mesh.device)
     with autocast:
-        logits = model(x, pick=x == corpus.tok.mask)[0].float()[:, : corpus.tok.eot]  # (masks, ordinary tokens)
+        logits = model(x, domain=torch.full_like(x, domain), pick=x == corpus.tok.mask)[0].float()[:, : corpus.tok.eot]  # (masks, ordinary tokens)
     p, guess = (t.tolist() for t in logits.softmax(1).topk(5))
     holes = [i for i, token in enumerate(ids) if token == corpus.tok.mask]
     text = "".join(f"{corpus.tok.decode(ids[a + 1 : b])} [{n}]" for n, (a, b) in enumerate(zip([-1, *holes], holes), 1))
@@ -81,13 +81,13 @@ def fill_held_out(model, corpus, cfg, mesh, autocast):
     rng, texts = np.random.default_rng(cfg.seed), []
     split = "val" if "val" in corpus.splits else "test"
     is_word = lambda token: re.fullmatch(" [A-Za-z]{2,}", corpus.tok.decode([token])) is not None
-    for name, start, end in corpus.domains(split):
+    for domain, (name, start, end) in enumerate(corpus.domains(split)):
         passages = [corpus.splits[split][i : min(i + cfg.block_size, end)].tolist() for i in range(start, end, -(-(end - start) // 16))]
         truth = max(passages, key=lambda passage: sum(map(is_word, passage)))
         words = [i for i, token in enumerate(truth) if is_word(token)] or [i for i, token in enumerate(truth) if token < corpus.tok.eot]
         hidden = rng.permutation(words)[: 1 + len(words) // 8].tolist()
         ids = [corpus.tok.mask if i in hidden else token for i, token in enumerate(truth)]
-        texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n" + fill_masks(model, corpus, ids, mesh, autocast, truth))
+        texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n" + fill_masks(model, corpus, ids, mesh, autocast, truth, domain))
     return "\n\n".join(texts)
 
 

@@ -106,7 +106,7 @@ def oracle(layer, x, ids, domain, seed):
         for n in batch.sizes:
             rows = slice(start, start + n)
             own = math.ceil(factor * layer.gate.k * n / layer.gate.E) if routing.capacity is None else routing.capacity
-            slots = torch.as_tensor(own).expand(layer.gate.E)
+            slots = own[rows][0] if torch.is_tensor(own) and own.dim() == 2 else torch.as_tensor(own).expand(layer.gate.E)
             if routing.priority is not None:
                 p = routing.priority[rows]
                 key = lambda n, e: (-float(p[n, e]), n)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from experts import Experts, MoE
 from router import (Batch, DeepSeekV3, ExpertChoice, GumbelMatching, LocMoE, LocMoEPlus, RandomRouted, Skip,
                     best_assignment, block_means, cap_probability, locality_loss, locmoe_capacity, make_gate,
                     matching_log_q, queue, skip_weights)
@@ -114,12 +115,12 @@ def test_two_ranks_equal_one_batch_with_two_groups(name, training):
         call(rows, [len(rows)], said[-1])
     parts = [call(rows, [len(rows)], Recorder(said[1 - i].said)) for i, rows in enumerate(shards)]
     assert torch.equal(torch.cat([r.G for r, _ in parts]), whole.G)
+    if name == "locmoeplus" and training:
+        assert torch.equal(torch.cat([r.capacity for r, _ in parts]), whole.capacity)
     for r, part_load in parts:
         for key, v in whole.aux.items():
             if key != "log_prob":
                 assert torch.allclose(v, r.aux[key], atol=1e-6), key
-        if name == "locmoeplus" and training:
-            assert torch.equal(whole.capacity, r.capacity)
         assert torch.equal(torch.as_tensor(load), torch.as_tensor(part_load))
 
 
@@ -134,7 +135,7 @@ def test_causality_is_as_declared(name, training):
     def route(x):
         torch.manual_seed(3)
         r = gate(x, ids)
-        return r.G * kept(r.G, r.priority, r.capacity) if r.priority is not None else r.G
+        return r.G * kept(r.G, r.priority, r.capacity[0]) if r.priority is not None else r.G
 
     same = torch.equal(route(x)[:32], route(other)[:32])
     assert same == (gate.causal == "always" or gate.causal == "eval" and not training)
@@ -142,7 +143,8 @@ def test_causality_is_as_declared(name, training):
 
 def test_unusable_settings_are_one_clear_line():
     for name, args, D, E in (("locmoe", "", 10, 4), ("locmoeplus", "", 10, 4), ("gumbelmatching", "capacity_factor=0.5", 8, 4),
-                             ("deepseekv3", "groups=3", 8, 4), ("deepseekv3", "groups=4,keep=1", 8, 4)):
+                             ("deepseekv3", "groups=3", 8, 4), ("deepseekv3", "groups=4,keep=1", 8, 4),
+                             ("skip", "capacity_factor=0", 8, 4), ("locmoeplus", "capacity_factor=0", 8, 4), ("locmoeplus", "floor=2", 8, 4)):
         with pytest.raises(ValueError) as e:
             build(name, D, E, args=args)
         assert "\n" not in str(e.value) and name in str(e.value)
@@ -308,13 +310,14 @@ def test_capacity_closed_form_never_overshoots():
 def test_both_sides_choose():
     x, ids = torch.randn(64, 32), torch.zeros(64, dtype=torch.long)
     r = LocMoEPlus(32, 8, k=2)(x, ids)
-    keep = kept(r.G, r.priority, r.capacity)
-    assert (keep <= (r.G > 0)).all() and (keep.sum(0) <= r.capacity).all() and (keep.sum(1) <= 2).all()
+    C = r.capacity[0]
+    keep = kept(r.G, r.priority, C)
+    assert (keep <= (r.G > 0)).all() and (keep.sum(0) <= C).all() and (keep.sum(1) <= 2).all()
     assert keep.sum() < (r.G > 0).sum()
     # experts choose among those who chose them: more survive than choosers that are in the global top C
     both = torch.zeros_like(keep)
     for e in range(8):
-        both[r.priority[:, e].topk(int(r.capacity[e])).indices, e] = True
+        both[r.priority[:, e].topk(int(C[e])).indices, e] = True
     assert keep.sum() > (both & (r.G > 0)).sum()
     for e in range(8):  # the kept are the closest
         mine, out = keep[:, e], (r.G[:, e] > 0) & ~keep[:, e]
@@ -358,7 +361,7 @@ def test_slots_by_brute_force():
             while n < len(a) and sum(a[:n]) < most * least:
                 n += 1
             want = most if sum(a) < most * least else min(max(n, math.ceil(0.1 * most)), most)
-            assert r.capacity[e] == want
+            assert (r.capacity[:, e] == want).all()
             seen.add(want)
     assert most in seen and len(seen) > 8
     gate.eval()(0.01 * noise, ids)
@@ -379,6 +382,20 @@ def test_tokens_per_expert_fall_as_features_converge():
         assert slots[0] > 0.85 * 110 and all(a >= b for a, b in zip(slots, slots[1:])) and 22 <= slots[-1] <= 23  # the floor
         assert gate.eval()(noise, ids).capacity is None
     assert LocMoEPlus(64, 8, floor=0.2)(direction, ids).aux["slots"] < 25
+
+
+def test_each_group_has_slots_of_its_own():
+    torch.manual_seed(0)
+    gate, x, sizes = LocMoEPlus(32, 4, floor=1), torch.randn(200, 32), [180, 20]
+    C = gate(x, torch.zeros(200), Batch(200, sizes=sizes)).capacity
+    assert (C[:180] == math.ceil(1.1 * 180 / 4)).all() and (C[180:] == math.ceil(1.1 * 20 / 4)).all()
+
+
+def test_a_batch_that_says_nothing_does_not_set_the_bar():
+    gate = LocMoEPlus(32, 4)
+    before = gate.least.item()
+    gate(torch.zeros(0, 32), torch.zeros(0)), gate(torch.zeros(3, 32), torch.zeros(3))
+    assert gate.least.item() == before > 0
 
 
 def test_theorem_5_against_simulation():
@@ -433,6 +450,21 @@ def test_random_routed_is_a_function_of_domain_and_id():
     assert torch.equal(gate.table, again.table) and not torch.equal(gate.table, other.table)
     assert "table" in gate.state_dict() and not list(gate.parameters())
     assert torch.equal(gate(torch.randn(500, 8), torch.arange(500)).G.argmax(1), gate.table[0])  # no domain: one domain
+
+
+def test_the_experts_of_a_domain_can_be_cut_out():
+    """A layer that has only them gives the domain's tokens what the whole layer gives."""
+    gate = RandomRouted(8, 6, V=50, n_domains=2)
+    whole, half = Experts(6, 8, 16), Experts(3, 8, 16)
+    whole.init(0, 1, 0.3, 0.3)
+    x, ids = torch.randn(40, 8), torch.randint(50, (40,))
+    for domain in (0, 1):
+        mine = slice(3 * domain, 3 * domain + 3)
+        half.w1.data, half.w2.data = whole.w1.data[mine], whole.w2.data[mine]
+        small = RandomRouted(8, 3, V=50)
+        small.table.copy_(gate.table[domain] - 3 * domain)
+        of = torch.full((1, 40), domain)
+        assert torch.allclose(MoE(gate, whole)(x[None], ids[None], domain=of)[0], MoE(small, half)(x[None], ids[None])[0], atol=1e-6)
 
 
 def test_random_routed_with_more_domains_than_experts():

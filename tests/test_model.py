@@ -14,7 +14,7 @@ import dist
 import train
 from experts import Experts, MoE
 from model import GPT, RoBERTa, Translator
-from router import Soft, gates
+from router import Soft, gates, make_gate
 
 V = 40
 CFG = train.Config(n_layer=4, n_head=2, n_embd=16, block_size=12, n_experts=4, batch_size=4, max_steps=8, seed=3)
@@ -140,6 +140,23 @@ def test_init_is_gpt2s():
     x = tokens()
     loss = torch.nn.functional.cross_entropy(model(x)[0][:, :-1].flatten(0, 1), x[:, 1:].flatten())
     assert abs(float(loss.detach()) - math.log(V)) < 0.1  # knows nothing yet
+
+
+@pytest.mark.parametrize("gate", sorted(gates()))
+def test_a_gate_in_a_model_is_as_it_made_itself(gate):
+    """The model's initialisation leaves it alone, and weight decay too."""
+    model = build(gate=gate)
+    for i in (1, 3):
+        with torch.random.fork_rng():
+            torch.manual_seed(model.cfg.seed * 1000 + i)
+            counts = torch.arange(V, 0, -1).numpy()
+            fresh = make_gate(gate, D=16, E=4, V=V, layer=i, seed=model.cfg.seed, counts=counts, n_domains=1, steps=model.cfg.max_steps)
+        mine = model.stack.blocks[i].ffn.gate
+        assert mine.state_dict().keys() == fresh.state_dict().keys()
+        assert all(torch.equal(t, fresh.state_dict()[name]) for name, t in mine.state_dict().items())
+        decayed, rest = ([id(p) for p in group["params"]] for group in train.make_optimizer(model, model.cfg).param_groups)
+        assert not any(id(p) in decayed for p in mine.parameters()) and all(id(p) in rest for p in mine.parameters() if p.requires_grad)
+    assert id(model.wte.weight) in decayed and id(model.stack.blocks[1].ffn.experts.w1) in decayed and id(model.wpe.weight) in rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------

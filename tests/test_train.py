@@ -487,6 +487,8 @@ def test_disk_full_while_logging(corpora, tmp_path):
 def test_nan_names_the_step_and_the_last_good_checkpoint(corpora, tmp_path):
     with pytest.raises(ValueError, match="not finite at step [1-4]; there is no checkpoint yet"):
         train.main(flags(corpora, tmp_path / "a", "--learning_rate=1e30", "--grad_clip=0", "--warmup=0"))
+    with pytest.raises(ValueError, match="not finite at step"):
+        train.main(flags(corpora, tmp_path / "d", "--gate=gumbelmatching", "--learning_rate=1e30", "--grad_clip=0", "--warmup=0"))
     out = tmp_path / "b"
     with pytest.raises(ValueError, match="loss or its gradient is not finite at step 2; the last good checkpoint is step 1 "):
         train.main(flags(corpora, out, "--learning_rate=1e25", "--grad_clip=0", "--warmup=0", "--save_every=1"))
@@ -578,7 +580,7 @@ def test_the_spawn_on_more_processes_than_the_run_began_with(world, corpora, tmp
 
 
 @pytest.mark.parametrize("more", [
-    ["--grad_accum=2"], ["--capacity_factor=0.7", "--groups=2"], ["--n_experts=1"], ["--dtype=bfloat16"], ["--bias"],
+    ["--grad_accum=2"], ["--capacity_factor=0.7", "--groups=2"], ["--n_experts=1"], ["--dtype=bfloat16", "--bias"], ["--bias"],
     ["--gate=dts", "--diversify=0.34", "--tau_until=0.5", "--hard_at=0.7"], ["--gate=dts", "--diversify=0.67", "--tau_until=0.8", "--hard_at=0.9"],
     ["--schedule=inverse_sqrt", "--grad_clip=0", "--moe_every=1"],
 ], ids=" ".join)  # fmt: skip
@@ -643,7 +645,8 @@ def test_gradient_accumulation_equals_one_big_batch(objective, corpora, tmp_path
 @pytest.mark.parametrize("objective, world, more", [
     ("gpt", 2, ["--gate=switch"]), ("gpt", 4, ["--gate=gshard", "--ep=2"]), ("roberta", 2, ["--gate=topk", "--grad_accum=2"]),
     ("translation", 2, ["--gate=noisytopk"]), ("gpt", 4, ["--gate=dts", "--diversify=0.34", "--tau_until=0.5", "--hard_at=0.7"]),
-    ("gpt", 4, ["--n_experts=1"]), ("gpt", 4, ["--ranks_per_node=2", "--two_level"]),
+    ("gpt", 4, ["--n_experts=1"]), ("gpt", 4, ["--ranks_per_node=2", "--two_level"]), ("gpt", 2, ["--ranks_per_node=1", "--groups=2"]),
+    ("gpt", 2, ["--gate=topk", "--permute=0.67"]),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else str(v))  # fmt: skip
 def test_many_processes_equal_one(objective, world, more, corpora, tmp_path):
     one = [f for f in more if not f.startswith(("--ep", "--ranks_per_node", "--two_level"))]
