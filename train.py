@@ -28,6 +28,7 @@ Decisions:
 
 import dataclasses
 import difflib
+import fcntl
 import inspect
 import json
 import math
@@ -47,12 +48,12 @@ import torch.nn.functional as F
 
 import dist
 import evomoe
-from data.batches import Corpus, eval_batches, majority, micro_batches, train_batch, unigram_loss
+from data.batches import Corpus, eval_batches, eval_starts, majority, micro_batches, train_batch, unigram_loss
 from data.samples import score_translations, show_sample
 from model import GPT, RoBERTa, Translator
 from router import gates
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Config:
 # Where an objective wants other defaults than the ones above. Flags on the command line win.
 DEFAULTS = {
     "gpt": dict(dataset="stdlib"),
-    "roberta": dict(dataset="stdlib", n_layer=2, block_size=64, batch_size=64, learning_rate=3e-3, max_steps=1000, gate="switch"),
+    "roberta": dict(dataset="stdlib", n_layer=2, block_size=64, batch_size=64, max_steps=1000, gate="switch"),
     # GLUE's place in the paper, on data that every Python has. Without --init_from it learns from scratch, to compare
     "classify": dict(dataset="stdlib/packages", n_layer=2, block_size=64, batch_size=64, learning_rate=5e-4, warmup=50, dropout=0.1,
                      max_steps=300, gate="switch", out_dir="out-classify"),  # fmt: skip
@@ -185,8 +186,9 @@ def parse(argv):
     return given
 
 
-def configure(given, base=None):
-    """Config from flags, on top of `base` (a checkpoint's config, as a dict) or of the objective's defaults."""
+def configure(given, base=None, whole=True):
+    """Config from flags, on top of `base` (a checkpoint's config, as a dict) or of the objective's defaults. whole=False:
+    the rest comes from a checkpoint, so don't check yet whether the fields fit together."""
     objective = given.get("objective", (base or {}).get("objective", Config.objective))
     one_of = dict(objective=list(DEFAULTS), schedule=["cosine", "inverse_sqrt"], activation=["gelu", "gelu_tanh"], permute_schedule=["corrected", "official"],
                   drop_order=["", "arrival", "choice", "score", "random"], dtype=["", "float32", "bfloat16"])  # fmt: skip
@@ -216,11 +218,15 @@ def configure(given, base=None):
     for name in "capacity_factor eval_capacity_factor".split():
         if name in given and not getattr(cfg, name) > 0:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be greater than 0 (leave the flag out for no limit)")
+    if not cfg.out_dir or cfg.seed >= 2**40:
+        raise ValueError(f"--seed={cfg.seed} must be below 2**40" if cfg.out_dir else "--out_dir= is empty: name a folder")
     if cfg.gate not in gates():
         raise ValueError(f"--gate={cfg.gate} is unknown{closest(cfg.gate, gates())}; choose from {', '.join(sorted(gates()))}")
     if evomoe.starts_trained(cfg) and not os.path.isdir(cfg.init_from) and not cfg.init_from.startswith("gpt2"):
         raise ValueError(f"--init_from={cfg.init_from} is unknown{closest(cfg.init_from, ['scratch', 'resume', 'gpt2'])}; choose from "
                          "scratch, resume, gpt2, or the folder of a dense run")  # fmt: skip
+    if not whole or base is None and evomoe.starts_trained(cfg):
+        return cfg
     evomoe.check(cfg)
     if cfg.n_embd % cfg.n_head:
         raise ValueError(f"--n_embd={cfg.n_embd} is not divisible by --n_head={cfg.n_head}")
@@ -410,13 +416,22 @@ def diverged(what, step, saved):
     return ValueError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
 
 
-def save_checkpoint(model, optimizer, cfg, step, mesh, saved=None):
+def launch():
+    """Which start of torchrun this is: its agent's pid and, where the system tells, when it began, since pids repeat."""
+    try:
+        with open(f"/proc/{os.getppid()}/stat") as f:
+            return [os.getppid(), f.read().rpartition(")")[2].split()[19]]
+    except OSError:
+        return [os.getppid(), ""]
+
+
+def save_checkpoint(model, optimizer, cfg, step, mesh, vocabulary, saved=None):
     """out_dir/ckpt_STEP.pt, experts whole, written atomically; the last two are kept. Weights that are not finite are
     not saved: ValueError names the checkpoint before (step `saved`)."""
     state = dist.full_state(model, optimizer, mesh)
     if not all(t.isfinite().all() for t in state["model"].values()):  # the same on every rank
         raise diverged("the weights are", step, saved)
-    state |= {"step": step, "config": dataclasses.asdict(cfg), "launch": os.getppid(), "n_domains": model.n_domains}
+    state |= {"step": step, "config": dataclasses.asdict(cfg), "launch": launch(), "n_domains": model.n_domains, "vocabulary": vocabulary}
 
     def write():
         dist.save(os.path.join(cfg.out_dir, f"ckpt_{step:06d}.pt"), state)
@@ -440,7 +455,7 @@ def load_checkpoint(given, mesh, out_dir):
     state = dist.load(path)
     if not isinstance(state, dict) or not {"model", "optimizer", "step", "config"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py")
-    fixed = ("objective dataset n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k gate_args permute "
+    fixed = ("objective n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k gate_args permute "
              "expert_hidden").split()  # fmt: skip
     check_flags(given, {name: state["config"][name] for name in fixed if name in state["config"]}, path)
     return path, state
@@ -450,7 +465,7 @@ def began_here(out_dir):
     """When a worker dies torchrun starts all of them again, with the flags of the first start. True if this is such a
     restart and the checkpoints in out_dir are those of this launch, not of a run before it: then it is resumed."""
     path = dist.latest(out_dir) if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
-    return path is not None and dist.load(path).get("launch") == os.getppid()
+    return path is not None and dist.load(path).get("launch") == launch()
 
 
 def load_pretrained(given, mesh, out_dir):
@@ -472,7 +487,9 @@ def load_pretrained(given, mesh, out_dir):
 
 def prepare(cfg, mesh):
     """The corpus of this run; the ones that need no download are prepared on the way."""
-    folder = cfg.dataset if os.path.isdir(cfg.dataset) else os.path.join(HERE, "data", cfg.dataset)
+    folder = os.path.join(HERE, "data", cfg.dataset)  # a name; or any folder, wherever it is
+    if os.path.exists(os.path.join(cfg.dataset, "meta.json")) or not os.path.isdir(folder) and os.path.isdir(cfg.dataset):
+        folder = cfg.dataset
     script = cfg.dataset.split("/")[0]  # stdlib/packages is made by data/stdlib/prepare.py
     if not os.path.isdir(folder) and not os.path.isdir(os.path.join(HERE, "data", script)):
         have = sorted(d for d in os.listdir(os.path.join(HERE, "data")) if os.path.exists(os.path.join(HERE, "data", d, "prepare.py")))
@@ -492,6 +509,10 @@ def prepare(cfg, mesh):
         raise ValueError(f"--dataset={cfg.dataset} is a corpus of kind {corpus.meta['kind']}; --objective={cfg.objective} needs {kind}")
     if "train" not in corpus.splits or len(corpus.splits) < 2:
         raise ValueError(f"--dataset={cfg.dataset} has the splits {', '.join(corpus.splits)}; it needs train, and val or test")
+    if cfg.objective == "classify":  # domains are the classes
+        classes = {split: [name for name, _, _ in corpus.domains(split)] for split in corpus.splits}
+        if len(classes["train"]) < 2 or any(names != classes["train"] for names in classes.values()):
+            raise ValueError(f"--dataset={cfg.dataset}: --objective=classify needs two domains or more, the same in each split; there are {classes}")
     return corpus
 
 
@@ -530,6 +551,7 @@ class Run:
     resumed: bool
     dense: bool  # still one expert per MoE layer
     autocast: object
+    lock: int = -1  # the open out_dir, locked while it is written to
 
     def say(self, *text):
         """Print, on rank 0."""
@@ -549,7 +571,7 @@ def start(given):
     """Flags -> Run: processes, checkpoint or fresh weights, corpus, model, optimizer."""
     check_device(given.get("device", ""))
     resume = given.get("init_from") == "resume" or given.get("eval_only") or given.get("sample") is not None
-    cfg = configure(given)  # the first errors come before anything is started
+    cfg = configure(given, whole=not resume)  # the first errors come before anything is started
     tune = cfg.objective == "classify" and cfg.init_from != "scratch"
     sizes = (1, 0) if resume or tune else (cfg.n_experts, cfg.ep)  # a checkpoint says later how many experts there are
     mesh = dist.init(*sizes, cfg.ranks_per_node, cfg.timeout, cfg.device or None, cfg.two_level)
@@ -563,6 +585,7 @@ def start(given):
         path, state = load_checkpoint(given, mesh, cfg.out_dir)
         of_this_start = "init_from eval_only sample device ep ranks_per_node two_level timeout".split()
         known = {f.name for f in dataclasses.fields(Config)} - set(of_this_start)
+        given["out_dir"] = cfg.out_dir  # where it was found, not where it was written
         cfg, first = configure(given, {name: v for name, v in state["config"].items() if name in known}), state["step"]
         say(f"loaded {path} (step {first})")
     elif tune:
@@ -596,8 +619,10 @@ def start(given):
         dist.load_state(model, None, {"model": pretrained["model"] | head}, mesh)
     elif weights:
         evomoe.load_weights(model, weights, mesh)
+    if (state or pretrained or {}).get("vocabulary", corpus.tok.fingerprint()) != corpus.tok.fingerprint():
+        raise ValueError(f"--dataset={cfg.dataset} has another vocabulary than the one the checkpoint was trained with: prepare it as it was then")
     teacher = None
-    if cfg.distill:
+    if cfg.distill and not given.get("eval_only") and given.get("sample") is None:
         teacher = build_model(cfg, corpus, mesh, 1).eval().requires_grad_(False)
         evomoe.load_weights(teacher, evomoe.trained(cfg.teacher)[1], mesh)
     if dense and cfg.n_experts > 1:
@@ -616,21 +641,38 @@ def start(given):
     return run
 
 
+def parsed(line):
+    """A line of log.jsonl -> its dict, or None for one that a crash or a full disk has torn."""
+    try:
+        entry = json.loads(line)
+        return entry if line.endswith("\n") and isinstance(entry["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def open_log(run):
     """Start out_dir/log.jsonl, or cut a resumed one back to the checkpoint's step. -> log(entry), which appends a line."""
 
     def begin():
         out_dir = run.cfg.out_dir
         os.makedirs(out_dir, exist_ok=True)
+        run.lock = os.open(out_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {out_dir}: choose another --out_dir") from None
+        except OSError:
+            pass  # a file system without locks
         path, old, lines = os.path.join(out_dir, "log.jsonl"), dist.checkpoints(out_dir), []
         if not run.resumed and old:
             raise ValueError(f"{out_dir} holds checkpoints of an earlier run ({old[-1].name}): --init_from=resume continues it, "
                              "another --out_dir starts afresh, or delete them")  # fmt: skip
         if run.resumed and os.path.exists(path):
-            with open(path) as f:
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= run.first]
-        with open(path, "w") as f:
+            with open(path, errors="replace") as f:
+                lines = [line for line in f if (entry := parsed(line)) and entry["step"] <= run.first]
+        with open(path + ".tmp", "w") as f:
             f.writelines(lines)
+        os.replace(path + ".tmp", path)
         return path
 
     path = on_main(run.mesh, begin)
@@ -713,11 +755,13 @@ def train(run):
     cfg, mesh, corpus, say = run.cfg, run.mesh, run.corpus, run.say
     if table := evomoe.show(cfg):
         say(table)
+    val = "val" if "val" in corpus.splits else "test"
+    train_batch(corpus, cfg, run.first, mesh.n_nodes)  # data that cannot be used shows now, before anything is written
+    corpus.pairs(val, cfg.block_size) if cfg.objective == "translation" else eval_starts(corpus, val, cfg)
     log = open_log(run)
     stop = []  # Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second one at once
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    val = "val" if "val" in corpus.splits else "test"
     if cfg.objective == "classify":
         say(f"to beat: accuracy {majority(corpus, val, cfg):.4f}, the share of the most frequent class")
     else:
@@ -764,7 +808,7 @@ def train(run):
             log({"step": done, "seconds": time.time() - started} | {f"val_{name}": value for name, value in result.items()})
             tick, tokens = time.time(), 0
         if last or stopping or (cfg.save_every and done % cfg.save_every == 0):
-            save_checkpoint(run.model, run.optimizer, cfg, done, mesh, saved)
+            save_checkpoint(run.model, run.optimizer, cfg, done, mesh, corpus.tok.fingerprint(), saved)
             saved = done
         if stopping:
             return say(f"stopped after step {done}; continue with --init_from=resume --out_dir={cfg.out_dir}")
@@ -799,7 +843,11 @@ def main(argv):
     elif run.cfg.eval_only:
         score(run, given)
     else:
-        train(run)
+        try:
+            train(run)
+        finally:
+            if run.lock >= 0:
+                os.close(run.lock)
     run.mesh.close()
 
 
@@ -807,9 +855,13 @@ if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text())
         sys.exit(0)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)

@@ -134,6 +134,10 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, special_tokens=self.specials,
                                           mergeable_ranks={token: i for i, token in enumerate(tokens)})
 
+    def fingerprint(self):
+        """A hash of all tokens: ids of another vocabulary of the same size mean something else."""
+        return hashlib.sha256(b"\n".join(self.tokens)).hexdigest()
+
     def encode(self, text):
         """str -> list of ids. "<|endoftext|>" in a text is thirteen characters, never the special token."""
         return self.encoding.encode_ordinary(text)
@@ -279,7 +283,9 @@ def prepare_hint(folder):
     if os.path.exists(os.path.join(parent, "prepare.py")):
         folder = parent                             # a script's second corpus lies in its folder
     name = os.path.basename(folder)
-    return f"run python data/{name}/prepare.py"
+    if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), name, "prepare.py")):
+        return f"run python data/{name}/prepare.py"
+    return f"prepare it again (data/NAME/prepare.py --out_dir={folder})"
 
 
 def load_meta(folder):
@@ -291,8 +297,15 @@ def load_meta(folder):
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
         meta["vocab_size"], meta["dtype"], meta["tokenizer"]
+        if meta["dtype"] not in ("uint16", "uint32") or not isinstance(meta["vocab_size"], int):
+            raise ValueError
         for split in meta["splits"].values():
-            split["domains"] if meta["kind"] == "text" else split["pairs"]
+            if meta["kind"] == "text":
+                ends = [0] + [end for span in split["domains"].values() for end in (span[0], span[1])]
+                if ends != sorted(ends) or ends[-1] > split["tokens"] or not split["domains"] or split["bytes"] < 0:
+                    raise ValueError
+            else:
+                split["pairs"], split["src_tokens"], split["tgt_tokens"], split["tgt_bytes"]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__}): {prepare_hint(folder)}") from None
     return meta
@@ -467,4 +480,4 @@ def run(main, file, doc, **flags):
     except (OSError, ValueError) as e:
         sys.exit(f"error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was changed")
+        sys.exit("interrupted: run it again")

@@ -237,7 +237,8 @@ def snapshot(folder):
     (["--weight_decay=-1"], ["--weight_decay=-1"]),
     (["--grad_clip=nan"], ["--grad_clip=nan"]),
     (["--seed=-1"], ["--seed=-1"]),
-    (["--warmup=-5"], ["--warmup=-5"]),
+    (["--warmup=-5"], ["--warmup=-5"]), (["--seed=10000000000000"], ["--seed=10000000000000", "2**40"]), (["--out_dir="], ["--out_dir="]),
+    (["--shard_by_domain"], ["--shard_by_domain", "several nodes"]),
     (["--eval_every=-5"], ["--eval_every=-5"]),
     (["--temperature=-1"], ["--temperature=-1"]),
     (["--n_hidden=-4"], ["--n_hidden=-4"]),
@@ -334,6 +335,9 @@ BAD_DATA = {
     "held-out text shorter than a block": ("gpt", short("val", 16), ["val", "longer than one block of 16 tokens"]),
     "meta.json missing": ("gpt", lambda f: (f / "meta.json").unlink(), ["meta.json is missing"]),
     "meta.json damaged": ("gpt", rewrite("meta.json", lambda d: d[:50]), ["meta.json is damaged"]),
+    "meta.json without a size": ("gpt", edit_meta(lambda m: m["splits"]["val"].pop("bytes")), ["meta.json is damaged"]),
+    "domains beyond the text": ("gpt", edit_meta(lambda m: m["splits"]["val"]["domains"].update(code=[0, 10**6, 1])), ["meta.json is damaged"]),
+    "another number type": ("gpt", edit_meta(lambda m: m.update(dtype="float33")), ["meta.json is damaged"]),
     "meta.json without domains": ("gpt", edit_meta(lambda m: m["splits"]["train"].pop("domains")), ["meta.json"]),
     "no held-out split": ("gpt", edit_meta(lambda m: m["splits"].pop("val")), ["val"]),
     "train.src.idx truncated": ("translation", rewrite("train.src.idx", lambda d: d[:-8]), ["train.src.idx has"]),
@@ -446,6 +450,58 @@ def test_another_vocabulary(trained, corpora, tmp_path):
     dist.save(out / LAST, state)
     with pytest.raises(ValueError, match=r"does not fit this model: wte.weight is \(260, 16\), here \(261, 16\)"):
         train.main([f"--out_dir={out}", "--eval_only"])
+    folder, tok = tmp_path / "other", Tokenizer("bpe", [bytes([255 - i]) for i in range(256)])  # as large, but other tokens
+    write_text(str(folder), tok, {"train": {"all": ["what else " * 9] * 9}, "val": {"all": ["what else " * 9] * 9}}, "a test")
+    with pytest.raises(ValueError, match="another vocabulary"):
+        train.main([f"--out_dir={copy_of(trained, tmp_path / 'b')}", "--eval_only", f"--dataset={folder}"])
+
+
+def test_a_corpus_may_move(trained, corpora, tmp_path):
+    shutil.copytree(corpora["gpt"], tmp_path / "moved")
+    out = copy_of(trained, tmp_path, LAST)
+    train.main([f"--out_dir={out}", "--init_from=resume", f"--dataset={tmp_path / 'moved'}"])
+    assert_same_run(out, trained)
+
+
+def test_a_copied_run_goes_on_where_it_lies(trained, tmp_path):
+    before, out = snapshot(trained), copy_of(trained, tmp_path, LAST)
+    train.main([f"--out_dir={out}", "--init_from=resume", "--max_steps=7"])
+    assert newest(out)["step"] == 7 and snapshot(trained) == before
+
+
+def test_two_runs_at_once_in_one_folder(corpora, tmp_path):
+    out = tmp_path / "out"
+    command = Command(flags(corpora, out, "--max_steps=3000"), tmp_path)
+    command.until(r"step +3/")
+    refuse(flags(corpora, out, "--gate=switch"), tmp_path, "another run is writing to", str(out))
+    os.kill(command.pids[0], signal.SIGKILL)
+    command.wait()
+    run(flags(corpora, out), tmp_path)  # a lock is gone with its process
+
+
+def test_a_spoiled_log_does_not_stop_a_resume(trained, tmp_path):
+    out = copy_of(trained, tmp_path, LAST)
+    good = (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl").write_bytes(b'\n[1]\n{"loss": 1}\n\xff\n' + good + b'{"step": 5, "lo')
+    train.main([f"--out_dir={out}", "--init_from=resume"])
+    assert_same_run(out, trained)
+
+
+def test_flags_that_fit_the_checkpoint_fit(corpora, tmp_path):
+    """They are not held against the defaults of a fresh run, whose batches are smaller and heads more."""
+    out = tmp_path / "out"
+    train.main(flags(corpora, out, "--n_embd=15", "--n_head=1", "--n_layer=1", "--moe_every=1", "--batch_size=64", "--max_steps=2"))
+    train.main([f"--out_dir={out}", "--init_from=resume", "--grad_accum=32", "--n_embd=15", "--n_layer=1", "--max_steps=3"])
+    assert newest(out)["step"] == 3
+
+
+def test_a_student_needs_no_teacher_to_be_used(corpora, tmp_path, capsys):
+    teacher, out = tmp_path / "teacher", tmp_path / "student"
+    train.main(flags(corpora, teacher, "--n_experts=1", objective="roberta"))
+    train.main(flags(corpora, out, f"--init_from={teacher}", "--n_experts=4", "--distill=1", objective="roberta"))
+    shutil.rmtree(teacher)
+    train.main([f"--out_dir={out}", "--eval_only"])
+    assert "loss" in capsys.readouterr().out
 
 
 def test_an_earlier_run_is_not_overwritten(trained, corpora):
