@@ -97,6 +97,13 @@ class Mesh:
             td.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def from_all(self, value):
+        """Every rank's value (small, picklable), in rank order, on every rank."""
+        box = [value] * self.world
+        if self.groups:
+            td.all_gather_object(box, value)
+        return box
+
     def barrier(self):
         self.any(False)
 

@@ -410,6 +410,19 @@ def on_main(mesh, action):
     return value
 
 
+def on_all(mesh, action):
+    """Do something on every rank; the error of any of them is everybody's: nobody waits for one who has left."""
+    value = error = None
+    try:
+        value = action()
+    except (ValueError, OSError) as e:
+        error = str(e)
+    for rank, error in enumerate(mesh.from_all(error)):
+        if error:
+            raise ValueError(error if rank == 0 else f"{error} (process {rank})")
+    return value
+
+
 def diverged(what, step, saved):
     """The error that ends a run whose numbers are no longer finite; saved: step of its newest checkpoint, or None."""
     last = f"the last good checkpoint is step {saved} (--init_from=resume)" if saved is not None else "there is no checkpoint yet"
@@ -452,7 +465,7 @@ def load_checkpoint(given, mesh, out_dir):
     path = on_main(mesh, lambda: dist.latest(out_dir))
     if path is None:
         raise ValueError(f"no checkpoint (ckpt_*.pt) in {out_dir}: train first, or name another --out_dir")
-    state = dist.load(path)
+    state = on_all(mesh, lambda: dist.load(path))
     if not isinstance(state, dict) or not {"model", "optimizer", "step", "config"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py")
     fixed = ("objective n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k gate_args permute "
@@ -503,7 +516,7 @@ def prepare(cfg, mesh):
                 raise ValueError(f"data/{script}/prepare.py failed: see above")
 
     on_main(mesh, make)
-    corpus = Corpus(folder)
+    corpus = on_all(mesh, lambda: Corpus(folder))
     kind = "translation" if cfg.objective == "translation" else "text"
     if corpus.meta["kind"] != kind:
         raise ValueError(f"--dataset={cfg.dataset} is a corpus of kind {corpus.meta['kind']}; --objective={cfg.objective} needs {kind}")

@@ -385,7 +385,7 @@ def collectives(rank, world):
     assert mesh.any(torch.tensor([False, rank == 1]))
     assert mesh.all_reduce(torch.tensor(rank)) == 6
     assert mesh.all_reduce(torch.tensor(float("nan") if rank == 1 else 0.0)).isnan()
-    assert mesh.from_main({"path": rank}) == {"path": 0}
+    assert mesh.from_main({"path": rank}) == {"path": 0} and mesh.from_all(rank * 3) == [3 * r for r in range(world)]
     whole = torch.arange(E * 3.0).view(E, 3)
     assert torch.equal(mesh.part(whole), whole[2 * rank:2 * rank + 2])
     assert torch.equal(mesh.whole(mesh.part(whole)), whole)

@@ -27,7 +27,7 @@ import torch
 import torch._dynamo  # noqa: F401  AdamW imports it, 3 s: once here instead of once in every child
 import torch.multiprocessing as mp
 
-import ranks  # noqa: F401  puts the repository on the path
+from ranks import run_ranks  # puts the repository on the path, too
 import dist
 import train
 from data.common import Tokenizer, write_pairs, write_text
@@ -733,6 +733,20 @@ def test_resume_on_another_number_of_processes(corpora, tmp_path):
         stop(6)
         run([f"--out_dir={out}", "--init_from=resume"], tmp_path, world=world)
     assert_close_run(tmp_path / "whole", out)
+
+
+def fails_on(rank, world, which):
+    mesh = dist.make_mesh(rank, world, 1, 1)
+    try:
+        return train.on_all(mesh, lambda: open("/nowhere") if rank in which else rank)
+    except ValueError as error:
+        return str(error)
+
+
+def test_an_error_on_one_rank_is_everybodys():
+    assert run_ranks(2, fails_on, []) == [0, 1]
+    assert run_ranks(2, fails_on, [1]) == ["[Errno 2] No such file or directory: '/nowhere' (process 1)"] * 2
+    assert run_ranks(2, fails_on, [0, 1]) == ["[Errno 2] No such file or directory: '/nowhere'"] * 2
 
 
 def test_bad_numbers_of_processes(corpora, tmp_path):
