@@ -203,13 +203,14 @@ class MoE(nn.Module):
         priority = routing.priority
         if priority is None:
             priority = drop_priority(self.drop_order, G, batch)
-
         if torch.is_tensor(capacity):
-            capacity = capacity.expand(len(G), -1)  # (N, E)
+            capacity = capacity.expand(len(G), -1)  # (N, E), equal rows in each group
 
-        def drop_group(G, priority, capacity):
-            slots = math.ceil(factor * self.gate.k * len(G) / self.gate.E) if capacity is None else capacity
-            slots = slots[:1].sum(0) if torch.is_tensor(slots) else slots  # the rows of a group are equal, or none
+        def drop_group(G, priority, slots):
+            if slots is None:
+                slots = math.ceil(factor * self.gate.k * len(G) / self.gate.E)
+            elif torch.is_tensor(slots):
+                slots = slots[:1].sum(0)  # (E,), also for a group without rows
             return drop(G, slots, priority)
 
         return batch.per_group(drop_group, G, priority, capacity)
