@@ -140,7 +140,7 @@ DEFAULTS = {
     "gpt": dict(dataset="stdlib"),
     "roberta": dict(dataset="stdlib", n_layer=2, block_size=64, batch_size=64, max_steps=1000, gate="switch"),
     # GLUE's place in the paper, on data that every Python has. Without --init_from it learns from scratch, to compare
-    "classify": dict(dataset="stdlib/packages", n_layer=2, block_size=64, batch_size=64, learning_rate=5e-4, warmup=50, dropout=0.1,
+    "classify": dict(dataset="stdlib/packages", n_layer=2, block_size=64, batch_size=64, learning_rate=2e-3, warmup=50, dropout=0.1,
                      max_steps=300, gate="switch", out_dir="out-classify"),  # fmt: skip
     "translation": dict(dataset="grammar", block_size=64, batch_size=64, learning_rate=2e-3, label_smoothing=0.1, n_layer=2, max_steps=1200,
                         gate="switch"),  # fmt: skip
