@@ -218,8 +218,10 @@ def configure(given, base=None, whole=True):
     for name in "capacity_factor eval_capacity_factor".split():
         if name in given and not getattr(cfg, name) > 0:
             raise ValueError(f"--{name}={getattr(cfg, name)} must be greater than 0 (leave the flag out for no limit)")
-    if not cfg.out_dir or cfg.seed >= 2**40:
-        raise ValueError(f"--seed={cfg.seed} must be below 2**40" if cfg.out_dir else "--out_dir= is empty: name a folder")
+    if cfg.seed >= 2**40:
+        raise ValueError(f"--seed={cfg.seed} must be below 2**40")
+    if not cfg.out_dir:
+        raise ValueError("--out_dir= is empty: name a folder")
     if cfg.gate not in gates():
         raise ValueError(f"--gate={cfg.gate} is unknown{closest(cfg.gate, gates())}; choose from {', '.join(sorted(gates()))}")
     if evomoe.starts_trained(cfg) and not os.path.isdir(cfg.init_from) and not cfg.init_from.startswith("gpt2"):
@@ -396,20 +398,6 @@ def clock(seconds):
 # Checkpoints
 
 
-def on_main(mesh, action):
-    """Do something on rank 0 only and give all ranks its value, or its error: they stay together either way."""
-    value = error = None
-    if mesh.main:
-        try:
-            value = action()
-        except (ValueError, OSError) as e:
-            error = str(e)
-    value, error = mesh.from_main((value, error))
-    if error:
-        raise ValueError(error)
-    return value
-
-
 def on_all(mesh, action):
     """Do something on every rank; the error of any of them is everybody's: nobody waits for one who has left."""
     value = error = None
@@ -421,6 +409,11 @@ def on_all(mesh, action):
         if error:
             raise ValueError(error if rank == 0 else f"{error} (process {rank})")
     return value
+
+
+def on_main(mesh, action):
+    """Do something on rank 0 only and give all ranks its value, or its error: they stay together either way."""
+    return mesh.from_main(on_all(mesh, lambda: action() if mesh.main else None))
 
 
 def diverged(what, step, saved):
@@ -632,7 +625,7 @@ def start(given):
         dist.load_state(model, None, {"model": pretrained["model"] | head}, mesh)
     elif weights:
         evomoe.load_weights(model, weights, mesh)
-    if (state or pretrained or {}).get("vocabulary", corpus.tok.fingerprint()) != corpus.tok.fingerprint():
+    if (state or pretrained or {}).get("vocabulary") not in (None, corpus.tok.fingerprint()):
         raise ValueError(f"--dataset={cfg.dataset} has another vocabulary than the one the checkpoint was trained with: prepare it as it was then")
     teacher = None
     if cfg.distill and not given.get("eval_only") and given.get("sample") is None:

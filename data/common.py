@@ -296,7 +296,7 @@ def load_meta(folder):
     try:
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
-        meta["vocab_size"], meta["dtype"], meta["tokenizer"]
+        meta["tokenizer"]
         if meta["dtype"] not in ("uint16", "uint32") or not isinstance(meta["vocab_size"], int):
             raise ValueError
         for split in meta["splits"].values():
