@@ -458,6 +458,15 @@ def latest(folder):
 
 
 def prune(folder, keep=2):
-    """Delete all but the newest `keep` checkpoints."""
-    for path in checkpoints(folder)[:-keep]:
-        path.unlink()
+    """Delete what is older than the newest `keep` intact checkpoints. A damaged one counts for nothing: it must never
+    push an intact one out."""
+    intact = 0
+    for path in reversed(checkpoints(folder)):
+        if intact >= keep:
+            path.unlink()
+            continue
+        try:
+            load(path)
+            intact += 1
+        except (OSError, ValueError) as error:
+            print(f"warning: {error}; an older one is kept for it", flush=True)

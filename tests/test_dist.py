@@ -745,3 +745,15 @@ def test_missing_latest_prune(tmp_path):
         dist.save(tmp_path / f"ckpt_{step:02}.pt", STATE)
     dist.prune(tmp_path, keep=2)
     assert sorted(os.listdir(tmp_path)) == ["ckpt_10.pt", "ckpt_11.pt"]
+
+
+def test_prune_counts_intact_checkpoints_only(tmp_path, capsys):
+    """Two damaged files of a higher number must not push out the good ones, least of all the one just written."""
+    for step in (8, 10, 15):
+        dist.save(tmp_path / f"ckpt_{step:02}.pt", STATE)
+    for step in (25, 30):
+        (tmp_path / f"ckpt_{step}.pt").write_bytes(b"no checkpoint")
+    dist.prune(tmp_path, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_10.pt", "ckpt_15.pt", "ckpt_25.pt", "ckpt_30.pt"]
+    assert "ckpt_30.pt is damaged" in capsys.readouterr().out
+    assert dist.latest(tmp_path).name == "ckpt_15.pt"
