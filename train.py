@@ -756,6 +756,23 @@ def describe(run, step, batch, task, aux):
     return values | stats | phase | {"flops_per_token": flops}, " | ".join(parts)
 
 
+def stop_on_signals():
+    """Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint: -> a list that is then not empty.
+    Sent again after two seconds it ends at once; before that it is torchrun forwarding what the worker got itself."""
+    asked = []
+
+    def handle(number, frame):
+        if asked and time.monotonic() - asked[0] > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        asked.append(time.monotonic())
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), handle)
+    return asked
+
+
 def train(run):
     """The loop."""
     cfg, mesh, corpus, say = run.cfg, run.mesh, run.corpus, run.say
@@ -765,9 +782,7 @@ def train(run):
     train_batch(corpus, cfg, run.first, mesh.n_nodes)  # data that cannot be used shows now, before anything is written
     corpus.pairs(val, cfg.block_size) if cfg.objective == "translation" else eval_starts(corpus, val, cfg)
     log = open_log(run)
-    stop = []  # Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second one at once
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    stop = stop_on_signals()
     if cfg.objective == "classify":
         say(f"to beat: accuracy {majority(corpus, val, cfg):.4f}, the share of the most frequent class")
     else:

@@ -57,7 +57,7 @@ def ids(*shape, seed=0):
 @pytest.fixture(autouse=True)
 def handlers():
     """A run in this process leaves its signal handlers behind."""
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for s, handler in old.items():
         signal.signal(s, handler)

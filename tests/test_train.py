@@ -60,7 +60,7 @@ def corpora(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def handlers():
     """A run in this process leaves its signal handlers behind."""
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for s, handler in old.items():
         signal.signal(s, handler)
@@ -644,14 +644,16 @@ def test_resume_is_bit_for_bit(more, corpora, tmp_path):
     resume_equals(corpora, tmp_path, "gpt", *more)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal(number, trained, corpora, tmp_path, monkeypatch):
-    """Ctrl-C and SIGTERM: the step at hand is finished and saved; the log continues without a gap or a double."""
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM] * 2, [signal.SIGHUP], [signal.SIGINT, signal.SIGTERM]])
+def test_stopped_by_a_signal(numbers, trained, corpora, tmp_path, monkeypatch):
+    """Ctrl-C, SIGTERM and SIGHUP, also sent twice at once, as a worker gets them from the terminal and from torchrun: the
+    step at hand is finished and saved; the log continues without a gap or a double."""
     real, out = train.train_batch, tmp_path / "out"
 
     def interrupt(corpus, cfg, step, *more):
         if step == 3:
-            os.kill(os.getpid(), number)
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return real(corpus, cfg, step, *more)
 
     monkeypatch.setattr(train, "train_batch", interrupt)
