@@ -75,7 +75,8 @@ def random_starts(corpus, cfg, rng, n_nodes):
         if n_nodes < 2 or not windows.all():
             raise ValueError(f"--shard_by_domain gives each node a domain of its own: it needs several nodes (here {n_nodes}; "
                              f"--ranks_per_node plays some) and domains longer than block_size={cfg.block_size} (windows: {windows.tolist()})")  # fmt: skip
-        which = np.arange(cfg.batch_size) * n_nodes // cfg.batch_size % len(spans)
+        micro = cfg.batch_size // cfg.grad_accum  # a node's rows are a run of each micro-batch, see micro_batches
+        which = np.arange(cfg.batch_size) % micro * n_nodes // micro % len(spans)
     return np.array([spans[d][0] + int(u * windows[d]) for d, u in zip(which, rng.random(cfg.batch_size))])
 
 

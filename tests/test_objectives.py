@@ -18,7 +18,7 @@ from ranks import run_ranks
 import dist
 import evomoe
 import train
-from data.batches import mask_tokens
+from data.batches import mask_tokens, micro_batches, random_starts
 from data.samples import translate
 from data.bleu import bleu, corpus_bleu, counts, words
 from data.common import Tokenizer, write_pairs, write_text
@@ -444,3 +444,16 @@ def test_a_short_run_reaches_its_peak_half_way():
     rate = [train.learning_rate(step, cfg) for step in range(101)]
     assert np.allclose([rate[0], rate[24], rate[49], rate[50], rate[75], rate[100]], [0.02, 0.5, 1, 1, 0.55, 0.1])
     assert train.learning_rate(0, config(warmup=200, learning_rate=1.0, max_steps=1)) == 1
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2, 4])
+def test_each_node_reads_its_own_domain_in_every_micro_batch(grad_accum):
+    """Two nodes of two ranks, 16 rows: the rows that a rank gets come from the domain of its node only."""
+    spans = [("prose", 0, 1000), ("code", 1000, 2000)]
+    corpus = types.SimpleNamespace(folder="here", domains=lambda split: spans)
+    cfg = config(batch_size=16, grad_accum=grad_accum, shard_by_domain=True)
+    starts = torch.as_tensor(random_starts(corpus, cfg, np.random.default_rng(0), 2))
+    for rank in range(4):
+        mesh = types.SimpleNamespace(rank=rank, world=4)
+        rows = torch.cat([part["x"] for part in micro_batches(dict(x=starts), cfg, mesh, "cpu")])
+        assert len(rows) == 4 and ((rows >= 1000) == (rank >= 2)).all(), rank
