@@ -28,7 +28,6 @@ Decisions:
 
 import dataclasses
 import difflib
-import fcntl
 import inspect
 import json
 import math
@@ -41,6 +40,10 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are then not told apart
+    fcntl = None
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on the CPU: a step is 15 % faster
 import torch
@@ -594,6 +597,8 @@ def start(given):
         given["out_dir"] = cfg.out_dir  # where it was found, not where it was written
         cfg, first = configure(given, {name: v for name, v in state["config"].items() if name in known}), state["step"]
         say(f"loaded {path} (step {first})")
+        if given.get("init_from") == "resume" and cfg.max_steps < first:
+            raise ValueError(f"--max_steps={cfg.max_steps}: {path} is already at step {first}; give at least that many steps")
     elif tune:
         pretrained, fields = load_pretrained(given, mesh, cfg.init_from)
         cfg = configure(given, fields)
@@ -662,13 +667,14 @@ def open_log(run):
     def begin():
         out_dir = run.cfg.out_dir
         os.makedirs(out_dir, exist_ok=True)
-        run.lock = os.open(out_dir, os.O_RDONLY)
-        try:
-            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {out_dir}: choose another --out_dir") from None
-        except OSError:
-            pass  # a file system without locks
+        if fcntl:
+            run.lock = os.open(out_dir, os.O_RDONLY)
+            try:
+                fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            except BlockingIOError:
+                raise ValueError(f"another run is writing to {out_dir}: choose another --out_dir") from None
+            except OSError:
+                pass  # a file system without locks
         path, old, lines = os.path.join(out_dir, "log.jsonl"), dist.checkpoints(out_dir), []
         if not run.resumed and old:
             raise ValueError(f"{out_dir} holds checkpoints of an earlier run ({old[-1].name}): --init_from=resume continues it, "
@@ -826,6 +832,8 @@ def train(run):
             whole = dataclasses.replace(cfg, eval_batches=0) if last else cfg
             result = evaluate(run.model, corpus, val, whole, mesh, run.autocast)
             say(f"step {done:5d} | {val} " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+            if not math.isfinite(result["loss"]):
+                raise diverged("the held-out loss is", done, saved)
             log({"step": done, "seconds": time.time() - started} | {f"val_{name}": value for name, value in result.items()})
             tick, tokens = time.time(), 0
         if last or stopping or (cfg.save_every and done % cfg.save_every == 0):

@@ -855,3 +855,15 @@ def test_documented_command(command, trained, corpora, tmp_path):
 def test_no_documented_command_is_forgotten():
     for command in documented():
         assert re.match(r"(python|torchrun) .*train\.py", command) or re.match(ELSEWHERE, command), command
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(trained):
+    with pytest.raises(ValueError, match="--max_steps=2: .* is already at step 6"):
+        train.main([f"--out_dir={trained}", "--init_from=resume", "--max_steps=2"])
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"loss": float("nan"), "accuracy": 0.0})
+    with pytest.raises(ValueError, match="the held-out loss is not finite at step 6"):
+        train.main(flags(corpora, tmp_path / "out", "--eval_every=0"))
+    assert "NaN" not in (tmp_path / "out" / "log.jsonl").read_text()
