@@ -435,11 +435,13 @@ def launch():
 
 
 def save_checkpoint(model, optimizer, cfg, step, mesh, vocabulary, saved=None):
-    """out_dir/ckpt_STEP.pt, experts whole, written atomically; the last two are kept. Weights that are not finite are
-    not saved: ValueError names the checkpoint before (step `saved`)."""
+    """out_dir/ckpt_STEP.pt, experts whole, written atomically; the last two are kept. Weights or moments that are not
+    finite are not saved: ValueError names the checkpoint before (step `saved`)."""
     state = dist.full_state(model, optimizer, mesh)
     if not all(t.isfinite().all() for t in state["model"].values()):  # the same on every rank
         raise diverged("the weights are", step, saved)
+    if not all(t.isfinite().all() for moments in state["optimizer"].values() for t in moments.values()):
+        raise diverged("the optimizer's moments are", step, saved)
     state |= {"step": step, "config": dataclasses.asdict(cfg), "launch": launch(), "n_domains": model.n_domains, "vocabulary": vocabulary}
 
     def write():

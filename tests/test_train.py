@@ -867,3 +867,16 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(corpora, tmp_path, monk
     with pytest.raises(ValueError, match="the held-out loss is not finite at step 6"):
         train.main(flags(corpora, tmp_path / "out", "--eval_every=0"))
     assert "NaN" not in (tmp_path / "out" / "log.jsonl").read_text()
+
+
+def test_moments_that_are_not_finite_are_not_saved(tmp_path):
+    """Weights can still be finite when Adam's moments are not: such a checkpoint is no good one to resume from."""
+    model = torch.nn.Linear(2, 2)
+    model.n_domains, optimizer = 1, torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.weight]["exp_avg_sq"][0, 0] = float("inf")
+    cfg = train.Config(out_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="moments are not finite at step 7; the last good checkpoint is step 3"):
+        train.save_checkpoint(model, optimizer, cfg, 7, dist.Mesh(), "", saved=3)
+    assert dist.latest(tmp_path) is None
