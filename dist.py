@@ -1,5 +1,5 @@
 """
-Expert parallelism: the only file that knows about ranks. `torchrun train.py` equals one process.
+Expert parallelism and checkpoints: the only file that talks to other ranks. `torchrun train.py` equals one process.
 
     world = data parallel x expert parallel, for 8 ranks and ep = 4, two ranks a node:
 
@@ -13,14 +13,16 @@ Decisions, each with what was measured (2 CPU cores, gloo) or what went wrong el
 
 * A rank's loss is its share of the global loss (local sum / global target count), so gradients are only
   summed, never divided. Means of per-rank means were 100% to 160% off with ragged target counts; experts
-  that were divided once too often showed a loss curve that looked fine.
+  that were divided once too often showed a loss curve that looked fine: Adam divides a gradient by its own
+  size (m / sqrt(v)), so a constant factor cancels. Test gradients directly, or with SGD.
 * Moving rows is a permutation, and the transpose of a permutation is its inverse: the backward of
   to_experts is to_tokens and the other way round. One autograd function; public all_to_all_single only.
 * One exchange of counts a layer, never computed twice: with a wrong split gloo delivers garbage silently.
 * Every rank takes part in every backward exchange, whatever the code between the exchanges returns (see
-  `tie`): a rank without rows that steps out of the graph hangs all others.
+  AllToAll): a rank without rows that steps out of the graph hangs all others.
 * Two-level exchange (Tutel's 2D hierarchical all-to-all, arXiv 2206.03382): the same bytes between nodes
-  in fewer, larger messages. No gain on one machine (5.6 against 5.75 ms); it is for slow networks.
+  in fewer, larger messages. With 4 nodes of 8 ranks, a rank's 31 messages become 7 within its node and 3
+  between nodes, at the price of moving most rows twice. No gain on one machine (5.6 against 5.75 ms).
 * Gradients travel as one flat message per group: 217 ms a step against 326 per tensor and 238 with DDP.
   The message never depends on which gradients exist, because its layout decides the rounding.
 * Detect NaN with a sum: gloo's MAX swallows a NaN, depending on the rank that has it.
@@ -33,8 +35,9 @@ Decisions, each with what was measured (2 CPU cores, gloo) or what went wrong el
 Letters: D model width, E experts, M rows (a token sent to k experts is k rows), W ranks.
 """
 import os
+import re
 import zipfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
@@ -42,16 +45,25 @@ from math import gcd
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows
+
 import torch
 import torch.distributed as td
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
+class EverybodysError(ValueError):
+    """An error that every rank raises alike, so that nobody waits for one who has left; rank 0 prints it."""
+
+
 class Back(NamedTuple):
-    """What to_tokens needs to bring the rows home."""
+    """What to_tokens needs to bring the rows back."""
     table: torch.Tensor          # (ep, E) int64 on the device: rows from each rank of the ep group
     sizes: torch.Tensor | None   # (ep source, ep target, E/ep) the same on the CPU; None when nothing travels
-    tie: torch.Tensor | None     # a zero that ties the way home to the way there, see Travel
+    link: torch.Tensor | None    # a zero that links the way back to the way there, see AllToAll
 
 
 @dataclass(eq=False)
@@ -60,15 +72,15 @@ class Mesh:
     rank: int = 0
     world: int = 1
     ep: int = 1                  # ranks that share one set of experts
-    local: int = 1               # ranks per node, real or simulated
+    ranks_per_node: int = 1      # real nodes or played ones
     device: torch.device = torch.device("cpu")
     two_level: bool = False      # exchange within nodes first, then between nodes
-    groups: dict = field(default_factory=dict)     # "ep", "dp"; "intra", "inter" if ep spans nodes
+    process_groups: dict = field(default_factory=dict)     # "ep", "dp"; "intra", "inter" if ep spans nodes
 
     def __post_init__(self):
         self.main = self.rank == 0
         self.ep_rank, self.dp = self.rank % self.ep, self.world // self.ep
-        self.node, self.n_nodes = self.rank // self.local, self.world // self.local
+        self.node, self.n_nodes = self.rank // self.ranks_per_node, self.world // self.ranks_per_node
 
     def __deepcopy__(self, memo):
         return self              # process groups cannot be copied, models that hold a mesh can
@@ -78,13 +90,13 @@ class Mesh:
     def all_reduce(self, t, group="world"):
         """Sum of a detached tensor (ints, float32, float64; bfloat16 would round) over a group."""
         t = t.detach().clone(memory_format=torch.contiguous_format)
-        if self.groups:
-            td.all_reduce(t, group=self.groups.get(group))
+        if self.process_groups:
+            td.all_reduce(t, group=self.process_groups.get(group))
         return t
 
     def sum(self, t):
         """Global sum, the same bits everywhere, with a local gradient: gradients are summed later anyway."""
-        return self.all_reduce(t) + (t - t.detach()) if self.groups else t
+        return self.all_reduce(t) + (t - t.detach()) if self.process_groups else t
 
     def any(self, flag):
         """True on every rank if the flag (bool or tensor) is true on one."""
@@ -93,23 +105,39 @@ class Mesh:
     def from_main(self, value):
         """Rank 0's value (any small picklable) on every rank."""
         box = [value]
-        if self.groups:
+        if self.process_groups:
             td.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def from_all(self, value):
         """Every rank's value (small, picklable), in rank order, on every rank."""
         box = [value] * self.world
-        if self.groups:
+        if self.process_groups:
             td.all_gather_object(box, value)
         return box
+
+    def on_all(self, action):
+        """action() on every rank -> each rank's own value. A ValueError or OSError of any of them is everybody's."""
+        value = error = None
+        try:
+            value = action()
+        except (ValueError, OSError) as e:
+            error = str(e)
+        for rank, error in enumerate(self.from_all(error)):
+            if error:
+                raise EverybodysError(error if rank == 0 else f"{error} (process {rank})")
+        return value
+
+    def on_main(self, action):
+        """action() on rank 0 only; all ranks get its value (small, picklable), or its error."""
+        return self.from_main(self.on_all(lambda: action() if self.main else None))
 
     def barrier(self):
         self.any(False)
 
     def close(self):
         """End of a good run. The barrier keeps a quick rank from hanging up on the others."""
-        if self.groups:
+        if self.process_groups:
             self.barrier()
             td.destroy_process_group()
 
@@ -124,27 +152,27 @@ class Mesh:
         if self.ep == 1:
             return rows, counts, Back(counts[None], None, None)
         table = counts.new_empty(self.ep, len(counts))
-        td.all_gather(list(table), counts.contiguous(), group=self.groups["ep"])
+        td.all_gather(list(table), counts.contiguous(), group=self.process_groups["ep"])
         sizes = table.view(self.ep, self.ep, -1)
         my_counts = sizes[:, self.ep_rank].sum(0)
         sizes = sizes.cpu()
         if torch.is_grad_enabled() and rows.is_floating_point() and not rows.requires_grad:
             rows = rows.detach().requires_grad_()      # frozen below: take part in backward all the same
-        rows, tie = Travel.apply(rows, None, sizes, self)
-        return rows, my_counts, Back(table, sizes, tie)
+        rows, link = AllToAll.apply(rows, None, sizes, self)
+        return rows, my_counts, Back(table, sizes, link)
 
     def to_tokens(self, rows, back):
         """The inverse: rows in the order to_experts gave (any width) -> (M, ...) in the order it took."""
-        return rows if back.sizes is None else Travel.apply(rows, back.tie, back.sizes, self)[0]
+        return rows if back.sizes is None else AllToAll.apply(rows, back.link, back.sizes, self)[0]
 
     def traffic(self, table, row_bytes):
         """Rows this rank sends, by distance: 0-dim tensors tokens_rank, tokens_node, tokens_far and bytes_*.
 
-        One way, by final target (the way home is the same again, so is backward). Sum over ranks to log.
+        One way, by final target (the way back is the same again, so is backward). Sum over ranks to log.
         """
         sent = table[self.ep_rank].view(self.ep, -1).sum(1)
         peer = torch.arange(self.ep, device=table.device) + self.rank - self.ep_rank
-        rank, node = peer == self.rank, peer // self.local == self.node
+        rank, node = peer == self.rank, peer // self.ranks_per_node == self.node
         where = {"rank": rank, "node": node & ~rank, "far": ~node}
         tokens = {name: (sent * mask).sum() for name, mask in where.items()}
         return ({f"tokens_{name}": n for name, n in tokens.items()}
@@ -164,10 +192,10 @@ class Mesh:
                 p.grad = torch.zeros_like(p)
         for group, inside in (("world", False), ("dp", True)):
             part = [p for p in params if (id(p) in experts) == inside]
-            if part and self.groups:
+            if part and self.process_groups:
                 wide = torch.float64 if any(p.dtype == torch.float64 for p in part) else torch.float32
                 flat = torch.cat([p.grad.flatten().to(wide) for p in part])
-                td.all_reduce(flat, group=self.groups.get(group))
+                td.all_reduce(flat, group=self.process_groups.get(group))
                 for p, g in zip(part, flat.split([p.numel() for p in part])):
                     p.grad.copy_(g.view_as(p))
 
@@ -194,7 +222,7 @@ class Mesh:
             return t
         mine = t.detach().to(self.device).contiguous()
         full = mine.new_empty(self.ep * len(mine), *mine.shape[1:])
-        td.all_gather(list(full.chunk(self.ep)), mine, group=self.groups["ep"])
+        td.all_gather(list(full.chunk(self.ep)), mine, group=self.process_groups["ep"])
         return full.to(t.device)
 
     def part(self, t):
@@ -204,10 +232,10 @@ class Mesh:
 
 # -- start ---------------------------------------------------------------------------------------------------
 
-def layout(world, n_experts, ep=0, local=0, two_level=False):
+def layout(world, n_experts, ep=0, ranks_per_node=0, two_level=False):
     """Checked (ep, ranks per node). The defaults: the largest ep that fits, one node."""
     both = gcd(world, n_experts or 1)
-    ep, local = ep or both, local or world
+    ep, local = ep or both, ranks_per_node or world
     for name, n, of, what in (("ep", ep, both, f"{world} ranks and the {n_experts} experts"),
                               ("ranks_per_node", local, world, f"{world} ranks")):
         if n < 1 or of % n:
@@ -218,9 +246,9 @@ def layout(world, n_experts, ep=0, local=0, two_level=False):
     return ep, local
 
 
-def make_mesh(rank, world, n_experts, ep=0, local=0, device="cpu", two_level=False, timeout=600):
+def make_mesh(rank, world, n_experts, ep=0, ranks_per_node=0, device="cpu", two_level=False, timeout=600):
     """The mesh on top of an existing process group: every rank builds all groups, in the same order."""
-    ep, local = layout(world, n_experts, ep, local, two_level)
+    ep, local = layout(world, n_experts, ep, ranks_per_node, two_level)
     mesh = Mesh(rank, world, ep, local, torch.device(device), two_level)
     lists = {"ep": [range(s, s + ep) for s in range(0, world, ep)],
              "dp": [range(s, world, ep) for s in range(ep)]}
@@ -229,7 +257,7 @@ def make_mesh(rank, world, n_experts, ep=0, local=0, device="cpu", two_level=Fal
         lists["inter"] = [range(s + i, s + ep, local) for s in range(0, world, ep) for i in range(local)]
     for name, ranks in lists.items():
         ranks = [list(r) for r in ranks]
-        mesh.groups[name], _ = td.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=timeout))
+        mesh.process_groups[name], _ = td.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=timeout))
     return mesh
 
 
@@ -246,6 +274,9 @@ def init(n_experts, ep=0, ranks_per_node=0, timeout=600, device=None, two_level=
     needs = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     if missing := [name for name in needs if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is set but not {', '.join(missing)}: start with torchrun or unset it")
+    for name in needs[:4]:
+        if not os.environ[name].isdigit():
+            raise ValueError(f"{name}={os.environ[name]} must be a number: start with torchrun or unset WORLD_SIZE")
     rank, world, slot, slots = (int(os.environ[name]) for name in needs[:4])
     ep, local = layout(world, n_experts, ep, ranks_per_node or slots, two_level)
     if gpus >= slots or (gpus and device):
@@ -257,6 +288,45 @@ def init(n_experts, ep=0, ranks_per_node=0, timeout=600, device=None, two_level=
     backend = "nccl" if gpus >= slots else "gloo"
     td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return make_mesh(rank, world, n_experts, ep, local, device or "cpu", two_level, timeout)
+
+
+def check_device(name):
+    """ValueError for a --device that is not there."""
+    if not re.fullmatch(r"(cpu|mps|cuda|cuda:\d+)?", name):
+        raise ValueError(f"--device={name} is unknown; choose from cpu, cuda, cuda:0, cuda:1, ..., mps")
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device={name}: {torch.cuda.device_count()} usable GPUs here; --device=cpu always works")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device=mps: there is no usable Apple GPU here; --device=cpu always works")
+
+
+def one_line(error):
+    """What to tell a user about an error, in one line; None if it is a bug and wants its traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    if "allocate memory" in text or "out of memory" in text:
+        return f"{text[:200]}: lower --batch_size, raise --grad_accum, or take a smaller model"
+    for sign, what in NETWORK_ERRORS.items():
+        if sign in text.lower():
+            return f"{what} ({text[:160]})"
+    return None
+
+
+ENDED = "another process of this run has ended: see its message; --init_from=resume continues"
+SILENT = "another process did not answer within --timeout: see its message; --init_from=resume continues"
+UNREACHED = "the first process cannot be reached: check MASTER_ADDR and MASTER_PORT, or use torchrun"
+NETWORK_ERRORS = {  # what gloo, NCCL and the store write -> what happened and what to do
+    "connection closed by peer": ENDED, "connection reset by peer": ENDED, "broken pipe": ENDED,
+    "timed out waiting": SILENT, "wait timeout": SILENT, "socket timeout": SILENT,
+    "client socket has timed out": UNREACHED, "client socket has failed": UNREACHED, "failed to connect": UNREACHED,
+    "server socket has failed": "the port of the first process is taken: choose another MASTER_PORT, or use torchrun",
+}
+
+
+def speaks(error):
+    """Should this rank print an error? Rank 0 prints what all raise alike, each rank what is its own."""
+    return os.environ.get("RANK", "0") == "0" or td.is_initialized() and not isinstance(error, EverybodysError)
 
 
 # -- all-to-all ----------------------------------------------------------------------------------------------
@@ -279,9 +349,9 @@ def send(x, to, frm, group):
 
 def exchange(x, c, mesh):
     """x: my rows by target rank, c (ep, ep): number of rows from each source to each target -> by source."""
-    r, m = mesh.ep_rank, mesh.local
-    if not mesh.two_level or "inter" not in mesh.groups:
-        return send(x, c[r], c[:, r], mesh.groups["ep"])
+    r, m = mesh.ep_rank, mesh.ranks_per_node
+    if not mesh.two_level or "inter" not in mesh.process_groups:
+        return send(x, c[r], c[:, r], mesh.process_groups["ep"])
     # A rank is (node, slot). First to the right slot on my own node, then to the right node:
     #   mine, by target        (node', slot')  -swap->  (slot', node')
     #   send within the node   (slot, node')   -swap->  (node', slot)     my node's rows for my slot
@@ -289,37 +359,37 @@ def exchange(x, c, mesh):
     a, b = divmod(r, m)
     c = c.reshape(mesh.ep // m, m, mesh.ep // m, m)
     held = c[a, :, :, b]                            # (slot, node')
-    x = send(swap(x, c[a, b]), c[a, b].sum(0), held.sum(1), mesh.groups["intra"])
-    return send(swap(x, held), held.sum(0), c[:, :, a, b].sum(1), mesh.groups["inter"])
+    x = send(swap(x, c[a, b]), c[a, b].sum(0), held.sum(1), mesh.process_groups["intra"])
+    return send(swap(x, held), held.sum(0), c[:, :, a, b].sum(1), mesh.process_groups["inter"])
 
 
-def there(x, sizes, mesh):
+def to_owners(x, sizes, mesh):
     """by (target rank, its expert) = by global expert -> by (source, my expert) -> by (my expert, source)."""
     return swap(exchange(x, sizes.sum(2), mesh), sizes[:, mesh.ep_rank])
 
 
-def home(x, sizes, mesh):
-    """The inverse of there, step by step."""
+def to_sources(x, sizes, mesh):
+    """The inverse of to_owners, step by step."""
     return exchange(swap(x, sizes[:, mesh.ep_rank].T), sizes.sum(2).T, mesh)
 
 
-class Travel(torch.autograd.Function):
-    """`there` when tie is None, else `home`; backward is the other one.
+class AllToAll(torch.autograd.Function):
+    """`to_owners` when link is None, else `to_sources`; the backward of one is the other.
 
-    There returns a zero that home takes in again. It costs nothing and puts both backward exchanges on every
-    rank's tape, even where the experts in between return something unconnected (got no rows, are frozen).
+    The first returns a zero, the link, that the second takes in again. It costs nothing and puts both backward
+    exchanges on every rank's tape, even where the experts in between return something unconnected (no rows, frozen).
     """
     @staticmethod
-    def forward(ctx, x, tie, sizes, mesh):
-        ctx.go, ctx.back = (there, home) if tie is None else (home, there)
+    def forward(ctx, x, link, sizes, mesh):
+        ctx.forth, ctx.back = (to_owners, to_sources) if link is None else (to_sources, to_owners)
         ctx.sizes, ctx.mesh = sizes, mesh
-        return ctx.go(x, sizes, mesh), x.new_zeros(())
+        return ctx.forth(x, sizes, mesh), x.new_zeros(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         grad = ctx.back(grad, ctx.sizes, ctx.mesh)
-        return grad, None if ctx.go is there else grad.new_zeros(()), None, None
+        return grad, None if ctx.forth is to_owners else grad.new_zeros(()), None, None
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -408,9 +478,10 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)                       # the rename itself must survive a power cut
-        os.close(folder)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)                   # the rename itself must survive a power cut
+            os.close(folder)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)        # a full disk needs the space back
@@ -441,15 +512,23 @@ def checkpoints(folder):
     return sorted(paths, key=lambda path: int(path.stem[5:]))
 
 
-def latest(folder):
-    """Path of the newest intact ckpt_NUMBER.pt, None if there is none at all. ValueError if all are damaged.
+def usable(path):
+    """`load` for a checkpoint that save_checkpoint has written and that is whole; ValueError or OSError for others."""
+    state, kinds = load(path), dict(model=dict, optimizer=dict, config=dict, step=int, tensors=int)
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path} is not a checkpoint of train.py")
+    if not state["config"] or len(state["model"]) != state["tensors"]:
+        raise ValueError(f"{path} is damaged: {len(state['model'])} of {state['tensors']} tensors, "
+                         f"{len(state['config'])} settings")
+    return state
 
-    With several ranks: mesh.from_main(latest(folder) if mesh.main else None), so that all load the same one.
-    """
+
+def latest(folder):
+    """Path of the newest usable ckpt_NUMBER.pt, None if there is none at all. ValueError if no one is usable."""
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
-            load(path)
+            usable(path)
             return path
         except (OSError, ValueError) as error:
             print(f"warning: {error}; trying the one before it", flush=True)
@@ -457,8 +536,16 @@ def latest(folder):
         raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
 
 
+def newest(folder, mesh):
+    """(path, state) of the newest usable checkpoint, the same on every rank. ValueError if there is none."""
+    path = mesh.on_main(lambda: latest(folder))
+    if path is None:
+        raise EverybodysError(f"no checkpoint (ckpt_*.pt) in {folder}: train first, or name another folder")
+    return path, mesh.on_all(lambda: usable(path))
+
+
 def prune(folder, keep=2):
-    """Delete what is older than the newest `keep` intact checkpoints. A damaged one counts for nothing: it must never
+    """Delete what is older than the newest `keep` usable checkpoints. A damaged one counts for nothing: it must never
     push an intact one out."""
     intact = 0
     for path in reversed(checkpoints(folder)):
@@ -466,7 +553,68 @@ def prune(folder, keep=2):
             path.unlink()
             continue
         try:
-            load(path)
+            usable(path)
             intact += 1
         except (OSError, ValueError) as error:
             print(f"warning: {error}; an older one is kept for it", flush=True)
+
+
+def save_checkpoint(folder, step, model, optimizer, mesh, **more):
+    """folder/ckpt_STEP.pt: full_state, the step and `more`; the last two are kept. Collective. ValueError, and nothing
+    is written, if a weight or a moment is not finite: a resumed run could only end."""
+    state = full_state(model, optimizer, mesh)
+    finite = lambda tensors: all(t.isfinite().all() for t in tensors)
+    if not finite(state["model"].values()):  # the same on every rank
+        raise diverged("the weights are", step, folder)
+    if not all(finite(moments.values()) for moments in state["optimizer"].values()):
+        raise diverged("the optimizer's moments are", step, folder)
+    state |= {"step": step, "tensors": len(state["model"]), "launch": launch(), **more}
+
+    def write():
+        save(os.path.join(folder, f"ckpt_{step:06d}.pt"), state)
+        prune(folder)
+
+    mesh.on_main(write)
+
+
+def diverged(what, step, folder):
+    """The error that ends a run whose numbers are no longer finite, alike on every rank."""
+    saved = checkpoints(folder)
+    last = f"the last good checkpoint is step {int(saved[-1].stem[5:])} (--init_from=resume)" if saved else \
+        "there is no checkpoint yet"
+    return EverybodysError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
+
+
+def launch():
+    """Which start of torchrun this is: its agent's pid and, where the system tells, when it began, since pids
+    repeat."""
+    try:
+        with open(f"/proc/{os.getppid()}/stat") as file:
+            return [os.getppid(), file.read().rpartition(")")[2].split()[19]]
+    except OSError:
+        return [os.getppid(), ""]
+
+
+def restarted(folder):
+    """When a worker dies torchrun starts all of them again, with the flags of the first start. True if this is such a
+    restart and the checkpoints in `folder` are those of this launch, not of a run before it: then it is resumed."""
+    path = latest(folder) if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
+    return path is not None and load(path).get("launch") == launch()
+
+
+def lock(folder):
+    """Make a run's folder and lock it until the result is closed, or the process ends, however it does. ValueError if
+    another run has it. Windows and some network file systems have no such locks; two runs are then not told apart."""
+    os.makedirs(folder, exist_ok=True)
+    held = ExitStack()
+    if fcntl:
+        file = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.close()
+            raise ValueError(f"another run is writing to {folder}: choose another --out_dir") from None
+        except OSError:
+            pass
+    return held

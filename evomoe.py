@@ -9,8 +9,9 @@ EvoMoE's curriculum: train one expert, spawn many from it, then let the gate lea
     tighten     E        the bar that a gate value must clear rises: each token keeps as many experts as clear it
     hard        E        the k best only
 
-Everything is a pure function of (step, cfg): `phases` is the table, `now` reads it, set_phase tells the gates. Any
-other gate can have the first phase too, then one that is called "mixture". The same file holds the other ways in:
+The spawn is the business of this file; the three phases after it are the schedule of one gate (router.DTS), which like
+every gate's is a pure function of the step, counted from the spawn. Any other gate can have the first phase too; then
+one phase follows, "mixture". The same file holds the other ways in:
 
     python train.py --gate=switch --diversify=0.1 --spawn=copy          sparse upcycling within one run
     python train.py --gate=dts --init_from=out-dense                    the first phase is a finished run, or gpt2
@@ -27,32 +28,15 @@ Decisions (the paper's body and code leave these open):
 - A spawn without change (ratio 0, or copies) keeps the function if the gate's weights sum to 1, which those of DTS do
   at the start; a top-1 gate multiplies by p < 1 and has to recover.
 
-Measured (GPT of 2 layers, both mixtures, D 64, 8 experts, stdlib, 400 steps of 1024 tokens, learning rate 2e-3,
-phases from 0.1, 0.25 and 0.4 of the run; validation loss of seed 1337 and, where there are two numbers, seed 2; at the hard switch the jump of
-the loss on one batch and the cosine of the gradients before and after):
-
-    dense                                             5.304  5.357
-    Switch from the start                             5.621  5.546
-    Switch after a diversify phase                    5.389
-    DTS  softmax weights, noise, no bar (paper code)  5.365           jump +0.118   cosine 0.67
-         Gumbel weights, noise, no bar (paper code)   5.359  5.373         +0.004          0.96
-         Gumbel weights, annealed noise, no bar       5.273                +0.060          0.72
-         Gumbel weights, annealed noise, rising bar   5.281  5.319         +0.0004         1.00     the default
-         the same, copies instead of masks            5.321
-         the same, tau_min 0.1 / 1.0                  5.301 / 5.279
-
-- Noise that stays: top-1 is then a sample for good, and training and held-out loss of one batch differ by 0.01 to 0.02.
-  Annealed, the two are equal (0.001 apart while noise lasts), so evaluation is the same gate without noise.
-- Without noise a low temperature alone does not make the gate sparse (7 of 8 experts at tau 0.3): the bar does. It
-  rises from 0.001 to 0.5, where there is room for one, and the layers adapt while experts leave one by one.
-- Time follows the rows: cpu_seconds against experts_per_token in log.jsonl is a line, 94 ms + 7.8 ms * experts per token for the
-  three gpt runs of `tests/claims.py gpt --methods=evomoe` (D 64, 1024 tokens, one core; r^2 0.92 to 0.97), and 174 ms + 98 ms *
-  experts per token where experts weigh more (2 layers, D 256, 2048 tokens; r^2 0.994).
+- Noise falls with the temperature, and then the bar rises until there is room for one. Noise that stays makes top-1 a
+  sample for good; a low temperature alone leaves 7 of 8 experts on. tests/RESULTS.md has the runs.
 
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """
 
+import difflib
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -61,75 +45,12 @@ import torch.nn.functional as F
 
 import dist
 from experts import Experts, MoE
-from router import DTS
+from router import make_gate
+
+SPAWNS = ("mask", "noise", "copy", "importance")  # see offspring
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What changes when
-
-
-class Phase(NamedTuple):
-    name: str
-    start: int  # first step
-    end: int  # first step of the next phase
-    experts: int
-    tau: tuple = (1.0, 1.0)  # temperature at start and end, linear between; the noise falls with it, from 1 to 0
-    tight: tuple = (0.0, 0.0)  # how far the gate's bar has risen: from 0, its threshold, to 1
-
-
-def phases(cfg):
-    """The table of this run, in order; phases without steps are left out."""
-    at = lambda share: round(share * cfg.max_steps)
-    S, D, H = at(cfg.diversify), at(cfg.tau_until), at(cfg.hard_at)
-    table = [Phase("diversify", 0, S, 1)]
-    if cfg.gate == "dts":
-        table += [
-            Phase("anneal", S, D, cfg.n_experts, (cfg.tau_max, cfg.tau_min)),
-            Phase("tighten", D, H, cfg.n_experts, (cfg.tau_min, cfg.tau_min), (0.0, 1.0)),
-            Phase("hard", H, cfg.max_steps, cfg.n_experts, (cfg.tau_min, cfg.tau_min), (1.0, 1.0)),
-        ]
-    else:
-        table += [Phase("mixture", S, cfg.max_steps, cfg.n_experts)]
-    return [p for p in table if p.start < p.end]
-
-
-def now(step, cfg):
-    """What holds at a step: {"phase", "experts", "tau", "noise", "tight", "hard"}."""
-    table = phases(cfg)
-    p = next((p for p in table if step < p.end), table[-1])
-    t = min(1.0, (step - p.start) / (p.end - p.start))
-    tau, tight = (a + (b - a) * t for a, b in (p.tau, p.tight))
-    noise = (tau - cfg.tau_min) / (cfg.tau_max - cfg.tau_min) if cfg.tau_max > cfg.tau_min else 0.0
-    return {"phase": p.name, "experts": p.experts, "tau": tau, "noise": noise, "tight": tight, "hard": p.name == "hard"}
-
-
-def check(cfg):
-    """ValueError, one line, for a curriculum that cannot be."""
-    if not 0 <= cfg.diversify < 1:
-        raise ValueError(f"--diversify={cfg.diversify} must be a share of the run, from 0 to below 1")
-    if cfg.gate == "dts" and not cfg.diversify <= cfg.tau_until <= cfg.hard_at:
-        raise ValueError(f"the phases must be in order: --diversify={cfg.diversify} <= --tau_until={cfg.tau_until} "
-                         f"<= --hard_at={cfg.hard_at}")  # fmt: skip
-    if not 0 < cfg.tau_min <= cfg.tau_max:
-        raise ValueError(f"--tau_min={cfg.tau_min} must be above 0 and at most --tau_max={cfg.tau_max}")
-    if cfg.spawn not in ("mask", "copy", "noise", "importance"):
-        raise ValueError(f"--spawn={cfg.spawn} is unknown; choose from mask, copy, noise, importance")
-    if not 0 <= cfg.spawn_ratio <= 1:
-        raise ValueError(f"--spawn_ratio={cfg.spawn_ratio} must be from 0 to 1")
-    if cfg.expert_hidden and cfg.spawn != "importance" and starts_dense(cfg):
-        raise ValueError("--expert_hidden: experts narrower than the FFN they come from need --spawn=importance")
-    if cfg.distill and cfg.init_from == "scratch" and not cfg.teacher:
-        raise ValueError("--distill needs a teacher: --init_from=OUT_DIR of a dense run, or --teacher=OUT_DIR")
-    if cfg.distill and cfg.objective == "translation":
-        raise ValueError("--distill works for --objective=roberta and gpt")
-
-
-def starts_trained(cfg):
-    return cfg.init_from not in ("scratch", "resume") and cfg.objective != "classify"
-
-
-def starts_dense(cfg):
-    """Does a fresh run begin with one expert per MoE layer?"""
-    return cfg.n_experts == 1 or cfg.diversify > 0 or starts_trained(cfg)
 
 
 def spawn_step(cfg):
@@ -137,37 +58,68 @@ def spawn_step(cfg):
     return round(cfg.diversify * cfg.max_steps)
 
 
-def set_phase(model, step, cfg):
-    """Tell the gates what holds at this step; other gates' own schedules count from the spawn."""
-    state = now(step, cfg)
+def mixture_steps(cfg):
+    """Steps from the spawn to the end: the run as the gates count it."""
+    return cfg.max_steps - spawn_step(cfg)
+
+
+def phases(cfg):
+    """The table of this run: [(name, updates made before it, experts)], in order; phases without steps are left out."""
+    S = spawn_step(cfg)
+    gate = make_gate(cfg.gate, cfg.gate_args, cfg.k, D=cfg.n_embd, E=cfg.n_experts, V=1, steps=mixture_steps(cfg))
+    table = [("diversify", 0, 1)] * (S > 0)
+    return table + [(name, S + first, cfg.n_experts) for name, first in gate.phases()]
+
+
+def set_step(model, step, cfg):
+    """Tell the gates which step begins; their schedules count from the spawn."""
     for gate in model.gates():
-        inner = getattr(gate, "gate", gate)  # inside a permutation search
-        if isinstance(inner, DTS):
-            inner.set(state["tau"], state["noise"], state["tight"], state["hard"])
         gate.set_step(max(0, step - spawn_step(cfg)))
 
 
 def show(cfg):
     """The table, for the start of a run; "" if nothing ever changes."""
-    table = phases(cfg)
-    if len(table) == 1 and not starts_trained(cfg) or cfg.n_experts == 1:
+    if cfg.n_experts == 1:
         return ""
-    lines = ["phase      first step  experts  temperature"]
-    for p in table:
-        tau = " -> ".join(f"{t:g}" for t in dict.fromkeys(p.tau)) if cfg.gate == "dts" and p.experts > 1 else ""
-        lines.append(f"{p.name:10} {p.start:10d}  {p.experts:7d}  {tau}".rstrip())
-    return "\n".join(lines)
+    table = phases(cfg)
+    if len(table) == 1:
+        return ""
+    rows = [f"{name:10} {first:10d}  {experts:7d}" for name, first, experts in table]
+    return "\n".join(["phase      after step  experts", *rows])
+
+
+def check(cfg):
+    """ValueError, one line, for a curriculum that cannot be."""
+    width = cfg.n_hidden or 4 * cfg.n_embd
+    if cfg.spawn == "importance" and starts_dense(cfg):
+        split(torch.zeros(width), cfg.n_experts, cfg.expert_hidden or width, cfg.spawn_ratio)
+    elif cfg.expert_hidden not in (0, width) and starts_dense(cfg) and cfg.n_experts > 1:
+        raise ValueError(f"--expert_hidden={cfg.expert_hidden}: experts of another width than the FFN they come from "
+                         f"({width}) need --spawn=importance")  # fmt: skip
+    if cfg.distill and not starts_trained(cfg) and not cfg.teacher:
+        raise ValueError(f"--distill={cfg.distill} needs a teacher: --init_from=OUT_DIR of a dense run, or "
+                         "--teacher=OUT_DIR")  # fmt: skip
+
+
+def starts_trained(cfg):
+    """Does a fresh run begin with the weights of a dense one?"""
+    return cfg.init_from not in ("scratch", "resume")
+
+
+def starts_dense(cfg):
+    """Does a fresh run begin with one expert per MoE layer?"""
+    return cfg.n_experts == 1 or cfg.diversify > 0 or starts_trained(cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The spawn
 
 
-def spawn(old, old_optimizer, new, new_optimizer, cfg, score=None):
+def grow(old, old_optimizer, new, new_optimizer, cfg, scores=None):
     """Fill `new` (E experts per MoE layer, freshly built, on any mesh) and its optimizer from `old` (one expert each).
 
-    Gates keep their initialisation; all else is carried over with its optimizer state. score: what `importance` gave,
-    for spawn=importance. No communication: every rank has the first expert and makes its own children.
+    Gates keep their initialisation; all else is carried over with its optimizer state. scores: what `importance` gave,
+    for --spawn=importance. No communication: every rank has the first expert and makes its own children.
     """
     ancestors = dict(old.named_parameters())
     heirs = {}  # name in new -> function from a tensor of the ancestor's to the child's
@@ -175,34 +127,47 @@ def spawn(old, old_optimizer, new, new_optimizer, cfg, score=None):
     with torch.no_grad():
         for layer, (name, moe) in enumerate(moes):
             e0, first = old.get_submodule(name), moe.experts.first
-            neurons = split(score[name], cfg.n_experts, moe.experts.w1.shape[1], cfg.spawn_ratio) if score else None
+            width = moe.experts.w1.shape[1]
+            neurons = split(scores[name], cfg.n_experts, width, cfg.spawn_ratio) if scores else None
             born = [offspring(e0, layer, first + i, cfg, neurons) for i in range(moe.experts.n)]
             for weight in born[0]:
-                moe.experts.get_parameter(weight).copy_(torch.stack([child[weight][0] for child in born]))
-                heirs[f"{name}.experts.{weight}"] = lambda t, w=weight, born=born: torch.stack([c[w][1](t) for c in born])
+                moe.experts.get_parameter(weight).copy_(torch.stack([child[weight].value for child in born]))
+                heirs[f"{name}.experts.{weight}"] = [child[weight].heir for child in born]
         for name, p in new.named_parameters():
             ancestor = ancestors.get(name.replace(".ffn.experts.", ".ffn."))
             if ancestor is None:
                 continue  # a gate
-            heir = heirs.get(name, torch.clone)
             if name not in heirs:
                 p.copy_(ancestor)
             moments = old_optimizer.state.get(ancestor, {}) if old_optimizer else {}
             if moments:
-                grow = lambda t: heir(t) if t.shape == ancestor.shape else t.clone()  # "step" has another shape
-                new_optimizer.state[p] = {key: grow(t) for key, t in moments.items()}
+                new_optimizer.state[p] = {key: inherit(t, ancestor, heirs.get(name)) for key, t in moments.items()}
+
+
+def inherit(moment, ancestor, heirs=None):
+    """An optimizer's tensor of the ancestor's -> the descendant's; heirs: one function per child, None: no children."""
+    if heirs is None or moment.shape != ancestor.shape:  # the step count has another shape
+        return moment.clone()
+    return torch.stack([heir(moment) for heir in heirs])
+
+
+class Child(NamedTuple):
+    """One weight of a new expert, and how a moment of the ancestor's weight becomes the child's."""
+
+    value: torch.Tensor
+    heir: Callable[[torch.Tensor], torch.Tensor]
 
 
 def offspring(e0, layer, e, cfg, neurons=None):
-    """Expert e (global number) of a layer, grown from e0 (Experts with n = 1): {weight name: (value, heir)}, where
-    heir maps a moment of e0's weight to the child's.
+    """Expert e (global number) of a layer, grown from e0 (Experts with n = 1): {weight name: Child}.
 
     mask        each weight is zero with probability ratio, in this child only
     noise       plus normal noise, ratio times the weights' own standard deviation
     copy        nothing changes: sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055)
     importance  the child's own selection of e0's hidden neurons, see split
     """
-    rng = torch.Generator().manual_seed(((cfg.seed * 1009 + layer) * 1009 + e) * 2)  # even: Experts.init takes odd seeds
+    # An even seed: Experts.init takes the odd ones
+    rng = torch.Generator().manual_seed(((cfg.seed * 1009 + layer) * 1009 + e) * 2)
     born = {}
     for name, p in e0.named_parameters():  # w1 (1, H, D), w2 (1, H, D), b1 (1, H), b2 (1, D)
         heir, noise = (lambda t: t[0].clone()), 0.0
@@ -213,7 +178,7 @@ def offspring(e0, layer, e, cfg, neurons=None):
             heir = lambda t, keep=keep: t[0] * keep
         elif cfg.spawn == "noise" and p.dim() == 3:
             noise = cfg.spawn_ratio * p.std() * torch.randn(p.shape[1:], generator=rng).to(p.device)
-        born[name] = heir(p) + noise, heir
+        born[name] = Child(heir(p) + noise, heir)
     return born
 
 
@@ -237,12 +202,14 @@ def importance(dense, losses):
 
 
 def split(score, n_experts, width, share):
-    """Cut an FFN into experts: score (H,) -> n_experts times (width,) neuron numbers. In order of falling importance the
-    first share * width go to every expert, the rest is dealt out like cards, and what nobody has room for is dropped."""
+    """Cut an FFN into experts: score (H,) -> n_experts times (width,) neuron numbers. In order of falling importance
+    the first share * width go to every expert, the rest is dealt out like cards, and what nobody has room for is
+    dropped. ValueError if there are too few neurons."""
     order, shared = score.argsort(descending=True, stable=True), round(share * width)
     if shared + n_experts * (width - shared) > len(score):
-        raise ValueError(f"{len(score)} neurons cannot give {n_experts} experts {shared} common ones and {width - shared} of "
-                         f"their own: lower --expert_hidden={width} or share more (--spawn_ratio={share})")  # fmt: skip
+        raise ValueError(f"{len(score)} neurons cannot give {n_experts} experts {shared} common ones and "
+                         f"{width - shared} of their own: lower --expert_hidden={width} or share more "
+                         f"(--spawn_ratio={share})")  # fmt: skip
     return [torch.cat([order[:shared], order[shared + e :: n_experts]])[:width] for e in range(n_experts)]
 
 
@@ -250,26 +217,35 @@ def split(score, n_experts, width, share):
 # Starting from trained weights
 
 
-def trained(where):
+def trained(where, mesh, flag="init_from"):
     """Weights to start from: the out_dir of a dense run of this project, or GPT-2 by name (gpt2, gpt2-medium, ...) or
-    folder, if the package transformers is installed. -> {Config field: value} that they need, {name: tensor}."""
+    folder, if the package transformers is installed. -> {Config field: value} that they need, {"model": {name: tensor},
+    ...}. ValueError, the same on every rank, if there are none; flag: how the user named them."""
     if os.path.isdir(where) and not os.path.exists(os.path.join(where, "config.json")):
-        path = dist.latest(where)
-        if path is None:
-            raise ValueError(f"--init_from={where}: no checkpoint (ckpt_*.pt) there")
-        state = dist.load(path)
+        path, state = dist.newest(where, mesh)
         if not is_dense(state):
-            raise ValueError(f"{path} holds a mixture already: --init_from takes a dense run (--n_experts=1)")
+            raise ValueError(f"{path} holds a mixture already: --{flag} takes a dense run (--n_experts=1)")
         fields = "objective dataset n_layer n_head n_embd n_hidden block_size bias activation".split()
-        return {name: state["config"][name] for name in fields}, state["model"]
+        return {n: state["config"][n] for n in fields}, {n: state[n] for n in ("model", "vocabulary")}
+    if not os.path.isdir(where) and not where.startswith("gpt2"):
+        hit = difflib.get_close_matches(where, ["scratch", "resume", "gpt2"], 1)
+        maybe = f" (did you mean {hit[0]}?)" if hit else ""
+        raise ValueError(f"--{flag}={where} is unknown{maybe}; choose from scratch, resume, gpt2, or the folder of a "
+                         "dense run")  # fmt: skip
+    return mesh.on_all(lambda: load_gpt2(where, flag))
+
+
+def load_gpt2(where, flag):
+    """`trained` for GPT-2's published weights, an option that needs one more package."""
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
-        raise ValueError(f"--init_from={where} needs the package transformers: pip install transformers") from None
+        raise ValueError(f"--{flag}={where} needs the package transformers: pip install transformers") from None
     try:
-        return from_gpt2(GPT2LMHeadModel.from_pretrained(where))
+        fields, weights = from_gpt2(GPT2LMHeadModel.from_pretrained(where))
+        return fields, {"model": weights}
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"--init_from={where}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--{flag}={where}: {str(error).splitlines()[0]}") from None
 
 
 def is_dense(state):
@@ -279,10 +255,18 @@ def is_dense(state):
 
 def from_gpt2(gpt2):
     """A transformers GPT2LMHeadModel in our names -> {Config field: value}, {name: tensor}. Its linear layers are
-    stored (in, out); its GELU is the tanh form, from which the exact one differs by up to 5e-4."""
+    stored (in, out); its GELU is the tanh form, from which the exact one differs by up to 5e-4. ValueError names a
+    setting of theirs that our model does not have."""
     c, theirs = gpt2.config, gpt2.transformer.state_dict()
-    fields = dict(objective="gpt", n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_hidden=c.n_inner or 0, bias=True,
-                  activation="gelu_tanh")  # fmt: skip
+    only = dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                reorder_and_upcast_attn=False, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+                add_cross_attention=False)  # fmt: skip
+    for name, value in only.items():
+        if getattr(c, name, value) != value:
+            raise ValueError(f"this GPT-2 has {name}={getattr(c, name)!r}, our GPT only {value!r}: its logits would "
+                             "differ")  # fmt: skip
+    fields = dict(objective="gpt", n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_hidden=c.n_inner or 0,
+                  bias=True, activation="gelu_tanh")  # fmt: skip
     ours = {"wte.weight": theirs["wte.weight"], "wpe.weight": theirs["wpe.weight"]}
     ours |= {f"stack.ln.{part}": theirs[f"ln_f.{part}"] for part in ("weight", "bias")}
     for i in range(c.n_layer):
@@ -300,14 +284,17 @@ def from_gpt2(gpt2):
 
 
 def load_weights(model, weights, mesh):
-    """Put `trained` weights into a dense model. Positions beyond block_size are left out; tokens that the weights do
-    not know (special tokens of our corpora, the last ids) keep their initialisation. ValueError where it does not fit."""
+    """Put the weights of another run into a model. Positions beyond block_size are left out; tokens that the weights do
+    not know (special tokens of our corpora, the last ids) and a classifier's head keep their initialisation. ValueError
+    if it does not fit."""
     weights = dict(weights)
     V = len(weights["wte.weight"])
     if model.V < V:
-        raise ValueError(f"the weights know {V} tokens, the corpus only {model.V}: prepare it with the same --tokenizer")
+        raise ValueError(f"the weights know {V} tokens, the corpus only {model.V}: prepare it with the same "
+                         "--tokenizer")  # fmt: skip
     weights["wte.weight"] = torch.cat([weights["wte.weight"], model.wte.weight[V:].detach().cpu()])
     weights["wpe.weight"] = weights["wpe.weight"][: model.cfg.block_size]
+    weights |= {name: t for name, t in dist.named_tensors(model).items() if name.startswith("classifier.")}
     dist.load_state(model, None, {"model": weights}, mesh)
 
 
@@ -331,17 +318,16 @@ def watch(model):
         hook.remove()
 
 
-def distillation(student, teacher, live, n_positions, n_targets):
+def distillation(student, teacher, n_positions, n_targets):
     """How far a student is from its teacher (MoEBERT, eqs. 5 to 7): (mse, kl), this rank's share of the global values.
 
-        mse = sum over layers (embeddings included) of the mean squared difference, padding left out
+        mse = sum over layers (embeddings included) of the mean squared difference
         kl  = mean over targets of 1/2 [KL(p || q) + KL(q || p)] = 1/2 sum_v (p - q) (log p - log q)
 
-    student, teacher: what `watch` saw. live (B, T) bool, False = padding, or None. n_positions, n_targets: live
-    positions and predicted tokens of the global batch. The teacher runs in eval mode, without gradient."""
+    student, teacher: what `watch` saw. n_positions, n_targets: all and predicted tokens of the global batch. The
+    teacher runs in eval mode, without gradient."""
     mse = 0.0
     for s, t in zip(student[:-1], teacher[:-1]):
-        square = (s.float() - t.float()).square().mean(-1)  # (B, T)
-        mse = mse + (square if live is None else square[live]).sum() / n_positions
+        mse = mse + (s.float() - t.float()).square().mean(-1).sum() / n_positions  # of (B, T)
     p, q = student[-1].float().log_softmax(-1), teacher[-1].float().log_softmax(-1)  # (M, V)
     return torch.stack([mse, 0.5 * ((p.exp() - q.exp()) * (p - q)).sum() / n_targets])

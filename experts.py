@@ -1,7 +1,7 @@
 """
 Dispatch and combine: from G to y.
 
-    y_n = sum_e G[n, e] * E_e(x_n)
+    y_n = sum_e G[n, e] * E_e(x_n)                 every_expert, below, is this line and nothing else
 
 One dispatch serves every gate. The non-zeros of G, read expert by expert, are the rows: gather them, send them to the
 ranks that own their experts (dist.py; nothing moves on one process), run one grouped matrix product over the stacked
@@ -29,14 +29,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dist import Mesh
-from router import Batch
+from router import Permuted, Place, make_gate
+
+
+def every_expert(x, G, experts):
+    """The definition, with every expert on every token: x (N, D), G (N, E), experts (Experts) -> y (N, D).
+
+    MoE.dispatch computes the same without the zeros. This form costs E times a dense layer; read it, test with it.
+    """
+    N, E = G.shape
+    rows, counts = x.repeat(E, 1), torch.full((E,), N, device=x.device)  # (E * N, D), all tokens for each expert
+    y = experts(rows, counts).view(E, N, -1)  # (E, N, D)
+    return torch.einsum("ne,end->nd", G, y.to(G.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts
 
 
 class Experts(nn.Module):
     """n feed-forward networks D -> H -> D with stacked weights; n = 1 is the FFN of a dense Transformer.
 
-    w1 and w2 are both (n, H, D): row j of each belongs to hidden neuron j. As (n, D, H), w1 made a layer with 64 experts
-    7 % slower on a CPU.
+    w1 and w2 are both (n, H, D): row j of each belongs to hidden neuron j. As (n, D, H), w1 made a layer with 64
+    experts 7 % slower on a CPU.
 
     An expert without rows gets a zero gradient, not None, so that every rank and every step updates the same
     parameters. sharded: the experts are a rank's part of a larger set (dist.py then sums their gradients over replicas
@@ -90,6 +105,10 @@ def grouped_mm(rows, w, counts):
     return F.grouped_mm(rows.contiguous(), w, offs=counts.cumsum(0).to(torch.int32))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Capacity
+
+
 def drop(G, capacity, priority=None):
     """Capacity as a map from G to G: each expert keeps `capacity` rows, the rest of its column becomes exactly 0.
 
@@ -109,7 +128,7 @@ def drop(G, capacity, priority=None):
     return G.masked_fill(over, 0)
 
 
-def drop_priority(order, G, batch):
+def drop_priority(order, G, place):
     """(N, E) priority for a named drop order, or None for "arrival". "choice": every token's strongest expert before
     any token's second (GShard); "score": larger weights first; "random": any. All but arrival look at later tokens."""
     if order == "arrival":
@@ -119,113 +138,182 @@ def drop_priority(order, G, batch):
     if order == "score":
         return G.detach()
     if order == "random":
-        return batch.rand(G.shape[1], G.device)
-    raise ValueError(f"drop_order={order!r} is unknown; there are: arrival, choice, score, random")
+        return place.rand(G.shape[1], G.device)
+    raise ValueError(f"--drop_order={order} is unknown; choose from arrival, choice, score, random")
 
 
-def local_experts(mesh, E, nodes):
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+def near_experts(mesh, E, nodes):
     """(nodes, E) bool: the experts that a node's ranks reach without leaving the node. On one process that plays
     several nodes, the experts are dealt out evenly."""
-    e, v = torch.arange(E), torch.arange(nodes)[:, None]
+    e, node = torch.arange(E), torch.arange(nodes)[:, None]
     if mesh.world == 1:
-        return e * nodes // E == v
-    first_rank = v * mesh.local  # of the node; its experts live in its own expert-parallel group
-    return (first_rank // mesh.ep * mesh.ep + e * mesh.ep // E) // mesh.local == v
+        return e * nodes // E == node
+    first_rank = node * mesh.ranks_per_node  # of the node; its experts live in its own expert-parallel group
+    return (first_rank // mesh.ep * mesh.ep + e * mesh.ep // E) // mesh.ranks_per_node == node
+
+
+def group_sizes(n, live, groups):
+    """Lengths of the routing groups: n rows, padding left out, in `groups` consecutive runs."""
+    if live is None:
+        return [len(part) for part in torch.arange(n).tensor_split(groups)]
+    return torch.stack([part.sum() for part in live.tensor_split(groups)]).tolist()
 
 
 class MoE(nn.Module):
     """A mixture-of-experts layer: a gate, E experts spread over the mesh, capacity.
 
-    capacity_factor       slots per expert = ceil(factor * k * N / E) in each routing group, in training; 0: no limit
-    eval_capacity_factor  the same at evaluation; 0 by default: evaluation drops nothing
-    drop_order            "" (the gate's own), "arrival", "choice", "score" or "random"
-    groups                routing groups of this process (see router.Batch): groups = W on one process drops, balances
-                          and assigns exactly as W ranks do
+    capacity_factor  slots per expert = ceil(factor * k * N / E) in each routing group, in training; 0: no limit.
+                     Evaluation drops nothing
+    drop_order       "" (the gate's own), "arrival", "choice", "score" or "random"
+    groups           routing groups of this process: groups = W on one process drops, balances and assigns exactly as W
+                     ranks do, each of which is a routing group of its own
+    stats            detached tensors of the last call, for `log_stats`: never synchronised here
     """
 
-    def __init__(self, gate, experts, mesh=None, capacity_factor=0.0, eval_capacity_factor=0.0, drop_order="", groups=1):
+    def __init__(self, gate, experts, mesh=None, capacity_factor=0.0, drop_order="", groups=1):
         super().__init__()
-        if capacity_factor < 0 or eval_capacity_factor < 0:
-            raise ValueError(f"capacity_factor={min(capacity_factor, eval_capacity_factor)}: use a positive number, or 0 for no limit")
+        if capacity_factor < 0 or not math.isfinite(capacity_factor):
+            raise ValueError(f"--capacity_factor={capacity_factor}: use a positive number, or 0 for no limit")
         self.gate, self.experts, self.mesh = gate, experts, mesh or Mesh()
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
-        self.drop_order, self.groups, self.nodes = drop_order or gate.drop_order, groups, self.mesh.n_nodes
-        self.stats = {}  # detached tensors of the last call, for the log: never synchronised here
+        self.capacity_factor, self.drop_order, self.groups = capacity_factor, drop_order or gate.drop_order, groups
+        drop_priority(self.drop_order, torch.zeros(1, gate.E), Place(1))  # an unknown order should stop the run now
+        self.stats = {}
 
     def forward(self, x, ids, live=None, domain=None):
         """x (..., D), ids (...) token ids, live (...) bool, False = padding, domain (...) long -> y like x, aux.
 
-        Padding takes no slot, no load and no loss; its y is 0. aux: see router.Routing, "log_prob" has the shape of ids.
+        Padding takes no slot, no load and no loss; its y is 0. aux: see router.Routing; "log_prob" is shaped like ids.
         """
-        shape, x = x.shape, x.reshape(-1, x.shape[-1])
-        ids, domain = ids.reshape(-1), None if domain is None else domain.reshape(-1)
-        index = None if live is None else live.reshape(-1).nonzero()[:, 0]
-        batch = self.batch(x, live, index, domain)
-        rows = x if index is None else x.index_select(0, index)  # (N, D) without padding
-        routing = self.gate(rows, ids if index is None else ids[index], batch)
-        G = self.apply_capacity(routing, batch)  # (N, E)
-        y = self.dispatch(rows, G)  # (N, D)
-        self.stats |= {"asked": (routing.G.detach() != 0).sum(0), "tokens": len(rows)}  # load before the drop
-        aux = dict(routing.aux)
-        if index is not None:
-            y = x.new_zeros(x.shape).index_copy(0, index, y)
-            if "log_prob" in aux:
-                aux["log_prob"] = aux["log_prob"].new_zeros(len(x)).index_copy(0, index, aux["log_prob"])
+        shape, flat = x.shape, x.reshape(-1, x.shape[-1])
+        live = None if live is None else live.reshape(-1)
+        index = None if live is None else live.nonzero()[:, 0]  # of the rows that are no padding
+        take = lambda t: t if t is None or index is None else t.index_select(0, index)
+        put = lambda t: t if index is None else t.new_zeros(len(flat), *t.shape[1:]).index_copy(0, index, t)
+        domain = take(None if domain is None else domain.reshape(-1))
+        y, aux = self.route(take(flat), take(ids.reshape(-1)), self.place(flat, live, index, domain))
         if "log_prob" in aux:
-            aux["log_prob"] = aux["log_prob"].view(shape[:-1])
-        return y.view(shape), aux
+            aux["log_prob"] = put(aux["log_prob"]).view(shape[:-1])
+        return put(y).view(shape), aux
 
-    def batch(self, x, live, index, domain):
+    def route(self, x, ids, place):
+        """x (N, D) without padding -> y (N, D), aux: the gate fills G, capacity thins it out, dispatch computes."""
+        routing = self.gate(x, ids, place)
+        G = self.apply_capacity(routing, place)  # (N, E)
+        y = self.dispatch(x, G)  # (N, D)
+        self.stats |= {"asked": (routing.G.detach() != 0).sum(0), "tokens": len(x)}  # load before the drop
+        return y, dict(routing.aux)
+
+    def place(self, x, live, index, domain):
         """Where these rows stand in the global batch: rank r holds rows r * n to (r + 1) * n, padding included."""
-        mesh, n = self.mesh, len(x)
-        if index is None:
-            sizes = [len(t) for t in torch.arange(n).tensor_split(self.groups)]
-            rows = torch.arange(n, device=x.device) + mesh.rank * n if mesh.world > 1 else None
-        else:
-            sizes = [len(index)]
-            if self.groups > 1:
-                sizes = torch.stack([part.sum() for part in live.reshape(-1).tensor_split(self.groups)]).tolist()
-            domain = domain if domain is None else domain[index]
-            rows = index + mesh.rank * n
-        node = local = None
-        if self.nodes > 1:  # several nodes, real (mesh) or played by the groups of one process
-            group_node = [mesh.node if mesh.world > 1 else g * self.nodes // self.groups for g in range(self.groups)]
-            node = torch.tensor(group_node, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))
-            local = local_experts(mesh, self.gate.E, self.nodes).to(x.device)
-        return Batch(sum(sizes), rows, n * mesh.world, sizes, domain, node, local, mesh if mesh.world > 1 else None)
+        mesh, n, device = self.mesh, len(x), x.device
+        rows = index
+        if mesh.world > 1:
+            rows = (torch.arange(n, device=device) if index is None else index) + mesh.rank * n
+        sizes = [len(index)] if index is not None and self.groups == 1 else group_sizes(n, live, self.groups)
+        node = near = None
+        if mesh.n_nodes > 1:  # several nodes, real (mesh) or played by the groups of one process
+            of_group = [mesh.node if mesh.world > 1 else g * mesh.n_nodes // self.groups for g in range(self.groups)]
+            node = torch.tensor(of_group).repeat_interleave(torch.tensor(sizes)).to(device)
+            near = near_experts(mesh, self.gate.E, mesh.n_nodes).to(device)
+        return Place(sum(sizes), rows, n * mesh.world, sizes, domain, node, near, mesh if mesh.world > 1 else None)
 
-    def apply_capacity(self, routing, batch):
+    def apply_capacity(self, routing, place):
         """G with the overflow of each expert set to zero, per routing group."""
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        G, capacity = routing.G, routing.capacity
+        G, capacity, factor = routing.G, routing.capacity, self.capacity_factor if self.training else 0
         if capacity is None and not factor:
             return G
         priority = routing.priority
         if priority is None:
-            priority = drop_priority(self.drop_order, G, batch)
+            priority = drop_priority(self.drop_order, G, place)
         if torch.is_tensor(capacity):
             capacity = capacity.expand(len(G), -1)  # (N, E), equal rows in each group
 
         def drop_group(G, priority, slots):
             if slots is None:
-                slots = math.ceil(factor * self.gate.k * len(G) / self.gate.E)
+                slots = math.ceil(min(factor * self.gate.k * len(G) / self.gate.E, len(G)))
             elif torch.is_tensor(slots):
                 slots = slots[:1].sum(0)  # (E,), also for a group without rows
             return drop(G, slots, priority)
 
-        return batch.per_group(drop_group, G, priority, capacity)
+        return place.per_group(drop_group, G, priority, capacity)
 
     @torch.compiler.disable
     def dispatch(self, x, G):
         """x (N, D), G (N, E) -> y (N, D): computes exactly the rows where G is not zero."""
         N, E = G.shape
         expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert; the sync
-        counts = (G != 0).sum(0)  # (E,)
+        counts = (G != 0).sum(0)  # (E,); bincount would synchronise
         rows = x.index_select(0, token)  # (M, D)
+        row_bytes = rows.element_size() * rows.shape[1]
         rows, my_counts, back = self.mesh.to_experts(rows, counts)
         rows = self.experts(rows, my_counts)
         rows = self.mesh.to_tokens(rows, back)  # (M, D), in the order in which they left
         g = G.flatten().gather(0, token * E + expert)  # (M,)
         y = torch.zeros(N, x.shape[1], dtype=g.dtype, device=x.device).index_add_(0, token, rows * g[:, None])
-        self.stats = {"load": counts, "table": getattr(back, "table", None)}
+        self.stats = {"load": counts, "table": getattr(back, "table", None), "row_bytes": row_bytes}
         return y.to(x.dtype)
+
+
+def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
+    """The feed-forward part of one layer: a dense FFN if cfg.n_experts is 1 or the layer is no MoE layer, else an MoE.
+
+    layer: its number, which keys its weights and tables (a decoder's layers count on after the encoder's). std: of the
+    weights at the start. offered: what a gate's constructor may ask for: V (number of token ids), counts (V,) of the
+    training text, n_domains, steps (from the moment that the mixture exists to the end of the run).
+    """
+    mesh, hidden, std = mesh or Mesh(), cfg.n_hidden or 4 * cfg.n_embd, (std, std / math.sqrt(2 * cfg.n_layer))
+    alike = dict(bias=cfg.bias, dropout=cfg.dropout, activation=cfg.activation)
+    if cfg.n_experts == 1 or not is_moe:
+        ffn = Experts(1, cfg.n_embd, hidden, **alike)
+        ffn.init(cfg.seed, layer, *std)
+        return ffn
+    with torch.random.fork_rng(devices=[]):  # the gate's own stream: the rest of the model is not disturbed
+        torch.manual_seed(cfg.seed * 1000 + layer)
+        gate = make_gate(cfg.gate, cfg.gate_args, cfg.k, D=cfg.n_embd, E=cfg.n_experts, layer=layer, seed=cfg.seed,
+                         **offered)  # fmt: skip
+        if cfg.permute:
+            gate = Permuted(gate, offered.get("steps", 1), cfg.permute)
+    mine = cfg.n_experts // mesh.ep  # experts on this rank
+    experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or hidden, **alike, first=mesh.ep_rank * mine, sharded=True)
+    experts.init(cfg.seed, layer, *std)
+    return MoE(gate, experts, mesh, cfg.capacity_factor, cfg.drop_order, cfg.groups)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the log shows about the layers
+
+
+def log_stats(moes, mesh):
+    """Numbers about the last training call of the MoE layers, over all ranks. Collective; {} if there are no layers.
+
+    experts_per_token  rows computed per token        dropped  share of the routed rows that capacity cut off
+    load               of each expert of the first layer, before drops, relative to the mean: 1 is the fair share
+    load_min, _max     the lightest and heaviest expert of all layers
+    tokens_*, bytes_*  with several processes: rows that stayed on the rank, on the node, and that went far; one way
+    """
+    if not moes:
+        return {}
+    loads = mesh.all_reduce(torch.stack([m.stats["asked"] for m in moes])).double().cpu()  # (layers, E)
+    kept = float(mesh.all_reduce(sum(m.stats["load"].sum() for m in moes)))
+    tokens = float(mesh.all_reduce(torch.tensor(sum(m.stats["tokens"] for m in moes), device=mesh.device)))
+    relative = loads / loads.mean(1, keepdim=True).clamp(min=1e-9)
+    out = {
+        "experts_per_token": kept / max(1.0, tokens),
+        "dropped": 1 - kept / max(1.0, float(loads.sum())),
+        "load_min": float(relative.min()),
+        "load_max": float(relative.max()),
+        "load": [round(v, 3) for v in relative[0].tolist()],
+    }
+    if mesh.world > 1:
+        traffic = [mesh.traffic(m.stats["table"], m.stats["row_bytes"]) for m in moes]
+        out |= {name: int(mesh.all_reduce(sum(t[name] for t in traffic))) for name in traffic[0]}
+    return out
+
+
+def bars(load):
+    """A small picture of the experts' loads; the fair share is half height."""
+    return "".join(" ▁▂▃▄▅▆▇█"[min(8, round(4 * v))] for v in load)

@@ -23,15 +23,14 @@ Letters: B batch, T sequence length, S source length, N = B * T tokens, D width,
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from dist import Mesh
-from evomoe import spawn_step
-from experts import Experts, MoE
-from router import Permuted, make_gate
+from experts import MoE, feed_forward
 
 
 class Attention(nn.Module):
@@ -89,41 +88,15 @@ class Block(nn.Module):
         return x + self.dropout(y), aux
 
 
-def make_ffn(cfg, layer, mesh, V, n_experts, is_moe=True, counts=None, n_domains=1, first_layer=0, std=0.02):
-    """The feed-forward part of one layer: a dense FFN if n_experts is 1 or the layer is not an MoE layer (every
-    moe_every-th is), else an MoE. `first_layer` tells a decoder's layers from the encoder's (tables, seeds)."""
-    number = first_layer + layer
-    std = std, std / math.sqrt(2 * cfg.n_layer)
-    if n_experts == 1 or not is_moe:
-        ffn = Experts(1, cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout, activation=cfg.activation)
-        ffn.init(cfg.seed, number, *std)
-        return ffn
-    steps = cfg.max_steps - spawn_step(cfg)  # a gate's own schedules count from the spawn
-    with torch.random.fork_rng(devices=[]):  # the gate draws from its own stream: the rest of the model is not disturbed
-        torch.manual_seed(cfg.seed * 1000 + number)
-        gate = make_gate(
-            cfg.gate, cfg.gate_args, D=cfg.n_embd, E=n_experts, V=V, layer=number, seed=cfg.seed,
-            counts=counts, n_domains=n_domains, steps=steps, **({"k": cfg.k} if cfg.k else {}),
-        )  # fmt: skip
-        if cfg.permute:
-            gate = Permuted(gate, steps, cfg.permute, cfg.permute_schedule)
-    mine = n_experts // mesh.ep  # experts on this rank
-    experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or cfg.n_hidden or 4 * cfg.n_embd, cfg.bias, cfg.dropout,
-                      first=mesh.ep_rank * mine, sharded=True, activation=cfg.activation)  # fmt: skip
-    experts.init(cfg.seed, number, *std)
-    return MoE(gate, experts, mesh, cfg.capacity_factor, cfg.eval_capacity_factor, cfg.drop_order, cfg.groups)
-
-
 class Stack(nn.Module):
     """Blocks and a final LayerNorm."""
 
-    def __init__(self, cfg, mesh, V, causal, cross=False, first_layer=0, counts=None, n_domains=1, std=0.02):
+    def __init__(self, cfg, ffn, causal, cross=False, first_layer=0, std=0.02):
         super().__init__()
         self.causal = causal
-        moe = [(i + 1) % cfg.moe_every == 0 for i in range(cfg.n_layer)]
+        is_moe = [(i + 1) % cfg.moe_every == 0 for i in range(cfg.n_layer)]
         self.blocks = nn.ModuleList(
-            Block(cfg, make_ffn(cfg, i, mesh, V, cfg.n_experts, moe[i], counts, n_domains, first_layer, std), cross)
-            for i in range(cfg.n_layer)
+            Block(cfg, ffn(layer=first_layer + i, is_moe=is_moe[i], std=std), cross) for i in range(cfg.n_layer)
         )
         self.ln = nn.LayerNorm(cfg.n_embd, bias=cfg.bias)
 
@@ -141,15 +114,18 @@ class Stack(nn.Module):
 class Model(nn.Module):
     """What the three models share: embeddings, initialisation, the output head, what the log wants to know.
 
-    V vocabulary size; block_size the longest sequence; mesh the ranks (None: one process); counts (V,) token counts of
-    the training text for gates that balance a table by them; n_domains labelled domains of the corpus.
+    V: vocabulary size. Each model also takes ffn(layer, is_moe, std), which makes the feed-forward part of a layer: see
+    experts.feed_forward, which is also the default (one process). It knows nothing else of experts, gates and ranks.
     """
 
-    def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1):
+    def __init__(self, cfg, V):
         super().__init__()
         if cfg.n_embd % cfg.n_head:
-            raise ValueError(f"n_embd={cfg.n_embd} is not divisible by n_head={cfg.n_head}")
-        self.cfg, self.V, self.mesh, self.counts, self.n_domains = cfg, V, mesh or Mesh(), counts, n_domains
+            raise ValueError(f"--n_embd={cfg.n_embd} is not divisible by --n_head={cfg.n_head}")
+        if cfg.n_experts > 1 and cfg.moe_every > cfg.n_layer:
+            raise ValueError(f"--moe_every={cfg.moe_every} with --n_layer={cfg.n_layer} leaves no layer for a mixture: "
+                             "lower it, or take --n_experts=1")  # fmt: skip
+        self.cfg, self.V = cfg, V
         self.wte = nn.Embedding(V, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -169,7 +145,8 @@ class Model(nn.Module):
     def embed(self, x, start=0):
         """x (B, T) token ids at positions start to start + T -> (B, T, D)."""
         if start + x.shape[1] > self.cfg.block_size:
-            raise ValueError(f"a sequence of {start + x.shape[1]} tokens is longer than block_size={self.cfg.block_size}")
+            raise ValueError(f"a sequence of {start + x.shape[1]} tokens is longer than "
+                             f"--block_size={self.cfg.block_size}")  # fmt: skip
         return self.dropout(self.wte(x) + self.wpe.weight[start : start + x.shape[1]])
 
     def head(self, h, pick=None):
@@ -183,6 +160,12 @@ class Model(nn.Module):
     def gates(self):
         return [m.gate for m in self.moes()]
 
+    @property
+    def mesh(self):
+        """The ranks that its MoE layers are spread over; a dense model has none to wait for."""
+        moes = self.moes()
+        return moes[0].mesh if moes else Mesh()
+
     def n_params(self):
         """(total, active) parameters over all ranks; active: a token visits k experts per MoE layer."""
         total = active = 0
@@ -194,12 +177,15 @@ class Model(nn.Module):
         return total, active
 
     def flops_per_token(self, experts_per_token, T, targets=1.0):
-        """Forward floating-point operations per token, a multiply and an add counting 2. experts_per_token: non-zeros of
-        a row of G, mean over the MoE layers; T: sequence length (attention is counted without regard to masks);
-        targets: share of the positions that meet the output layer. A gate counts as its matrices; a Translator as a
-        pair of a source and a target token."""
-        table = lambda name, p: ".gate." in name and len(p) >= self.V  # by token id: looked up, not multiplied
-        matrices = {name: p.numel() for name, p in self.named_parameters() if p.dim() >= 2 and ".ffn.experts." not in name and not table(name, p)}
+        """Forward floating-point operations per token, a multiply and an add counting 2.
+
+        experts_per_token: non-zeros of a row of G, mean over the MoE layers. T: sequence length; attention is counted
+        without regard to masks. targets: share of the positions that meet the output layer. A gate counts as its
+        matrices, but not as its tables by token id, which are looked up. A Translator's token is a source-target pair.
+        """
+        multiplied = lambda name, p: p.dim() >= 2 and not (".gate." in name and len(p) >= self.V)
+        shared = [(name, p) for name, p in self.named_parameters() if ".ffn.experts." not in name]
+        matrices = {name: p.numel() for name, p in shared if multiplied(name, p)}
         head = sum(n for name, n in matrices.items() if name in ("wte.weight", "dense.weight"))
         blocks = sum(n for name, n in matrices.items() if name.startswith(("stack.", "encoder.", "decoder.")))
         per_row = sum(p[0].numel() for m in self.moes() for p in (m.experts.w1, m.experts.w2))
@@ -210,9 +196,9 @@ class Model(nn.Module):
 class GPT(Model):
     """Decoder-only language model."""
 
-    def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1):
-        super().__init__(cfg, V, mesh, counts, n_domains)
-        self.stack = Stack(cfg, self.mesh, V, causal=True, counts=counts, n_domains=n_domains)
+    def __init__(self, cfg, V, ffn=None):
+        super().__init__(cfg, V)
+        self.stack = Stack(cfg, ffn or partial(feed_forward, cfg, V=V), causal=True)
         self.init_weights()
 
     def forward(self, x, domain=None, pick=None):
@@ -222,12 +208,15 @@ class GPT(Model):
 
     @torch.no_grad()
     def generate(self, x, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
-        """Continue x (B, T) token by token; temperature 0 is greedy; ends early when every row has produced `stop`.
-        Collective under expert parallelism: every rank calls it with the same x and the same generator state."""
+        """Continue x (B, T) token by token; a temperature of 0 (below 1e-4) is greedy; ends early when every row has
+        produced `stop`. ValueError if the logits are not finite. Collective under expert parallelism: every rank calls
+        it with the same x and the same generator state."""
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
             logits = self(x[:, -self.cfg.block_size :])[0][:, -1].float()  # (B, V)
-            if temperature == 0:
+            if not logits.isfinite().all():
+                raise ValueError("the model's output is not finite: its weights are damaged")
+            if temperature < 1e-4:
                 token = logits.argmax(1, keepdim=True)
             else:
                 logits = logits / temperature
@@ -245,21 +234,26 @@ class RoBERTa(Model):
     """Encoder for masked language modelling (Liu et al. 2019, arXiv:1907.11692). With n_classes it has a classifier in
     place of the language modelling head: y = f(mean over live positions)."""
 
-    def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1, mask_id=None, n_classes=0):
-        super().__init__(cfg, V, mesh, counts, n_domains)
-        self.mask_id = mask_id
-        if counts is not None:  # see route_ids: 15 % * 80 % of the tokens are masks, spread over the positions
-            counts = torch.as_tensor(counts, dtype=torch.float64)
-            masks = counts.new_full((cfg.block_size,), 0.12 * counts.sum().item() / cfg.block_size)
-            counts = torch.cat([0.88 * counts, masks])
-        D, std = cfg.n_embd, cfg.n_embd**-0.5
-        self.stack = Stack(cfg, self.mesh, V + cfg.block_size, causal=False, counts=counts, n_domains=n_domains, std=std)
+    def __init__(self, cfg, V, ffn=None, mask_id=None, n_classes=0):
+        super().__init__(cfg, V)
+        D, std, self.mask_id = cfg.n_embd, cfg.n_embd**-0.5, mask_id
+        ffn = ffn or partial(feed_forward, cfg, V=V + cfg.block_size)  # more ids than tokens: see route_ids
+        self.stack = Stack(cfg, ffn, causal=False, std=std)
         self.dense, self.ln = nn.Linear(D, D), nn.LayerNorm(D, bias=cfg.bias)  # the LM head of the paper
         self.classifier = None
         if n_classes:
-            self.classifier = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(cfg.dropout), nn.Linear(D, n_classes))
+            drop, last = nn.Dropout(cfg.dropout), nn.Linear(D, n_classes)
+            self.classifier = nn.Sequential(nn.Linear(D, D), nn.Tanh(), drop, last)
             self.dense.requires_grad_(False), self.ln.requires_grad_(False)
         self.init_weights(std)
+
+    @staticmethod
+    def route_counts(counts, block_size):
+        """Token counts (V,) -> counts (V + block_size,) of the ids that `route_ids` makes: 15 % * 80 % of the tokens
+        are masks, spread over the positions."""
+        counts = torch.as_tensor(counts, dtype=torch.float64)
+        masks = counts.new_full((block_size,), 0.12 * counts.sum().item() / block_size)
+        return torch.cat([0.88 * counts, masks])
 
     def route_ids(self, x):
         """Ids for gates that route by token id. Every mask has the same id, so one expert would get 12 % of all tokens
@@ -287,13 +281,11 @@ class RoBERTa(Model):
 class Translator(Model):
     """Encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762) over one joint vocabulary."""
 
-    def __init__(self, cfg, V, mesh=None, counts=None, n_domains=1, pad_id=None):
-        super().__init__(cfg, V, mesh, counts, n_domains)
-        self.pad_id = pad_id
-        std = cfg.n_embd**-0.5
-        more = dict(counts=counts, n_domains=n_domains, std=std)
-        self.encoder = Stack(cfg, self.mesh, V, causal=False, **more)
-        self.decoder = Stack(cfg, self.mesh, V, causal=True, cross=True, first_layer=cfg.n_layer, **more)
+    def __init__(self, cfg, V, ffn=None, pad_id=None):
+        super().__init__(cfg, V)
+        ffn, std, self.pad_id = ffn or partial(feed_forward, cfg, V=V), cfg.n_embd**-0.5, pad_id
+        self.encoder = Stack(cfg, ffn, causal=False, std=std)
+        self.decoder = Stack(cfg, ffn, causal=True, cross=True, first_layer=cfg.n_layer, std=std)
         self.init_weights(std)
 
     def encode(self, src):
@@ -349,7 +341,7 @@ class Translator(Model):
             y = torch.cat([y[rows], token.view(-1, 1)], 1)
             total, length = grown.flatten(1).gather(1, best), length.gather(1, parent)
             done = done.gather(1, parent) | (token == eot)
-            hope = (total.masked_fill(done, -math.inf) / scale(limit)).max(1).values  # if every further token is certain
+            hope = (total.masked_fill(done, -math.inf) / scale(limit)).max(1).values  # if all that follows is certain
             if not self.mesh.any(~done[:, 0] | (hope > score[:, 0])):
                 break
             if K > 1:

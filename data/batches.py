@@ -1,21 +1,21 @@
 """
 From files to batches.
 
-A batch is a dict of (B, ...) tensors: x and y, y = -1 where there is nothing to predict; domain (text) or src
-(translation). train_batch makes the whole global batch of a step from (seed, step), on every process alike: that costs
-little, the data order does not depend on the number of processes, a resumed run needs no state, and the number of
-targets is known everywhere without asking anybody. micro_batches then takes a process's rows.
+A batch is a dict of (B, ...) tensors: y holds the targets, -1 where there is nothing to predict; every other key is an
+argument of the model's forward. An objective (train.py) makes the whole global batch of a step from (seed, step), on
+every process alike, out of the parts below: that costs little, the data order does not depend on the number of
+processes, a resumed run needs no state, and the number of targets is known everywhere without asking anybody.
+micro_batches then takes a process's rows.
 
 Letters: B batch, T sequence length, S source length, V vocabulary. cfg is train.Config.
 """
 
-import dataclasses
 import functools
 
 import numpy as np
 import torch
 
-from data.common import load_meta, load_split, load_tokenizer
+from data.files import load_meta, load_split, load_tokenizer
 
 
 class Corpus:
@@ -37,6 +37,10 @@ class Corpus:
         """[(name, start, end), ...]: token ranges of the labelled domains."""
         return [(name, d[0], d[1]) for name, d in self.meta["splits"][split]["domains"].items()]
 
+    def held_out(self):
+        """Names of the held-out splits there are: what is watched in training comes first, what is for the end last."""
+        return [split for split in ("val", "test") if split in self.splits]
+
     @functools.cache
     def pairs(self, split, T):
         """Numbers of the sentence pairs of a split whose sides both have at most T tokens, <|endoftext|> included: a
@@ -53,47 +57,49 @@ class Corpus:
         return s["bytes"] / s["tokens"] if "bytes" in s else s["tgt_bytes"] / s["tgt_tokens"]
 
 
-def blocks(corpus, split, starts, cfg):
-    """Windows of block_size + 1 tokens: starts (B,) -> tokens (B, T + 1), domain (B, T)."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def windows(corpus, split, starts, T):
+    """Windows of T + 1 tokens: starts (B,) -> tokens (B, T + 1) and the number of their domain (B, T)."""
     tokens = corpus.splits[split]
     ends = np.array([end for _, _, end in corpus.domains(split)])
-    window = torch.from_numpy(np.stack([tokens[s : s + cfg.block_size + 1] for s in starts]).astype(np.int64))
+    window = torch.from_numpy(np.stack([tokens[s : s + T + 1] for s in starts]).astype(np.int64))
     domain = torch.from_numpy(np.searchsorted(ends, starts, side="right"))
-    return window, domain[:, None].expand(-1, cfg.block_size)
+    return window, domain[:, None].expand(-1, T)
 
 
 def random_starts(corpus, cfg, rng, n_nodes):
     """(batch_size,) window starts, uniform over all windows that stay inside one domain. With shard_by_domain the rows
-    of node v (in rank order) come from domain v % domains only."""
-    spans = [(start, end - start - cfg.block_size) for _, start, end in corpus.domains("train")]  # (first, windows)
-    windows = np.array([max(n, 0) for _, n in spans])
-    if not windows.sum():
-        raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {cfg.block_size} tokens")
-    weight = windows / windows.sum()
-    which = rng.choice(len(spans), size=cfg.batch_size, p=weight)
+    of node v come from domain v % domains only; a node's rows are a run of each micro-batch (see micro_batches)."""
+    T, B, domains = cfg.block_size, cfg.batch_size, corpus.domains("train")
+    room = np.array([max(end - start - T, 0) for _, start, end in domains])  # windows per domain
+    if not room.sum():
+        raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {T} tokens")
+    which = rng.choice(len(domains), size=B, p=room / room.sum())
     if cfg.shard_by_domain:
-        if n_nodes < 2 or not windows.all():
-            raise ValueError(f"--shard_by_domain gives each node a domain of its own: it needs several nodes (here {n_nodes}; "
-                             f"--ranks_per_node plays some) and domains longer than block_size={cfg.block_size} (windows: {windows.tolist()})")  # fmt: skip
-        micro = cfg.batch_size // cfg.grad_accum  # a node's rows are a run of each micro-batch, see micro_batches
-        which = np.arange(cfg.batch_size) % micro * n_nodes // micro % len(spans)
-    return np.array([spans[d][0] + int(u * windows[d]) for d, u in zip(which, rng.random(cfg.batch_size))])
+        if n_nodes < 2 or not room.all():
+            raise ValueError(f"--shard_by_domain gives each node a domain of its own: it needs several nodes (here "
+                             f"{n_nodes}; --ranks_per_node plays some) and domains longer than {T} tokens")  # fmt: skip
+        micro = B // cfg.grad_accum
+        which = np.arange(B) % micro * n_nodes // micro % len(domains)
+    return np.array([domains[d][1] + int(u * room[d]) for d, u in zip(which, rng.random(B))])
 
 
-def eval_starts(corpus, split, cfg):
-    """Non-overlapping windows of a held-out split, eval_batches * batch_size of them, evenly spread; never random."""
-    T = cfg.block_size
+def eval_starts(corpus, split, T, most=0):
+    """Starts of non-overlapping windows of a held-out split, never random: `most` of them, evenly spread; 0: all."""
     starts = [s for _, start, end in corpus.domains(split) for s in range(start, end - T, T)]
     if not starts:
         raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens")
-    n = min(len(starts), cfg.eval_batches * cfg.batch_size or len(starts))
+    n = min(len(starts), most or len(starts))
     return [starts[i * len(starts) // n] for i in range(n)]
 
 
-def mask_tokens(x, corpus, rng, share=0.15):
+def mask_tokens(x, tok, rng, share=0.15):
     """RoBERTa's dynamic masking: of 15 % of the ordinary tokens, 80 % become <|mask|>, 10 % a random ordinary token,
     10 % stay. x (B, T) -> corrupted x, y with -1 where nothing is predicted. Special tokens are never predicted."""
-    ordinary, tok = x < corpus.tok.eot, corpus.tok  # the special tokens are the last ids, <|endoftext|> first
+    ordinary = x < tok.eot  # the special tokens are the last ids, <|endoftext|> first
     u, kind = (torch.from_numpy(rng.random(x.shape)) for _ in range(2))
     picked = ordinary & (u < share)
     if not picked.any():  # a batch without a target has no loss: predict the token that came closest
@@ -103,16 +109,8 @@ def mask_tokens(x, corpus, rng, share=0.15):
     return torch.where(picked, corrupted, x), torch.where(picked, x, -1)
 
 
-def text_batch(corpus, split, starts, cfg, rng):
-    """GPT: predict the next token. RoBERTa: predict masked tokens. Classification: y (B, 1) is the domain, which the
-    gates then must not be told."""
-    window, domain = blocks(corpus, split, starts, cfg)
-    if cfg.objective == "classify":
-        return dict(x=window[:, :-1], y=domain[:, :1].clone())
-    if cfg.objective == "gpt":
-        return dict(x=window[:, :-1], y=window[:, 1:].clone(), domain=domain)
-    x, y = mask_tokens(window[:, :-1], corpus, rng)
-    return dict(x=x, y=y, domain=domain)
+# ---------------------------------------------------------------------------------------------------------------------
+# Sentence pairs
 
 
 def pair_batch(corpus, split, which):
@@ -145,50 +143,33 @@ def bucketed_pairs(corpus, batch_size, block_size, seed, epoch):
     return rng.permutation(order[np.lexsort((length, run))].reshape(n, batch_size))
 
 
-def train_batch(corpus, cfg, step, n_nodes=1):
-    """The global batch of a step: (batch_size, ...) tensors. A function of (seed, step) alone."""
-    rng = np.random.default_rng([cfg.seed, step])
-    if cfg.objective == "translation":
-        epoch, i = divmod(step, max(1, len(corpus.pairs("train", cfg.block_size)) // cfg.batch_size))
-        pairs = bucketed_pairs(corpus, cfg.batch_size, cfg.block_size, cfg.seed, epoch)[i]
-        return pair_batch(corpus, "train", rng.permutation(pairs))
-    return text_batch(corpus, "train", random_starts(corpus, cfg, rng, n_nodes), cfg, rng)
+# ---------------------------------------------------------------------------------------------------------------------
+# A process's share
 
 
-def micro_batches(batch, cfg, mesh, device):
-    """Cut the global batch into grad_accum micro-batches and take this rank's rows of each, in rank order."""
-    size = cfg.batch_size // cfg.grad_accum
-    for m in range(cfg.grad_accum):
+def micro_batches(batch, grad_accum, mesh):
+    """Cut the global batch into grad_accum micro-batches; of each, this rank's rows (in rank order) on its device."""
+    size = len(batch["y"]) // grad_accum
+    for m in range(grad_accum):
         rows = slice(m * size + mesh.rank * size // mesh.world, m * size + (mesh.rank + 1) * size // mesh.world)
-        yield {name: t[rows].to(device, non_blocking=True) for name, t in batch.items()}
+        yield {name: t[rows].to(mesh.device, non_blocking=True) for name, t in batch.items()}
 
 
-def eval_batches(corpus, split, cfg):
-    """Fixed held-out batches; a last partial one is filled up with rows that count for nothing (y = -1), so that every
-    rank has the same number of rows."""
-    if cfg.objective == "translation":
-        items = corpus.pairs(split, cfg.block_size).tolist()
-        items, make = items[: cfg.eval_batches * cfg.batch_size or None], lambda rows, rng: pair_batch(corpus, split, rows)
-    else:
-        items = eval_starts(corpus, split, cfg)
-        make = lambda rows, rng: text_batch(corpus, split, rows, cfg, rng)
-    for i in range(0, len(items), cfg.batch_size):
-        rows = items[i : i + cfg.batch_size]
-        batch = make(rows + [rows[0]] * (cfg.batch_size - len(rows)), np.random.default_rng([0, i]))
-        batch["y"][len(rows) :] = -1
-        yield batch
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model has to beat
 
 
-def majority(corpus, split, cfg):
+def majority(corpus, split, T):
     """The share of the most frequent class among the passages of a split: the accuracy of always guessing that one."""
     ends = [end for _, _, end in corpus.domains(split)]
-    classes = np.searchsorted(ends, eval_starts(corpus, split, dataclasses.replace(cfg, eval_batches=0)), side="right")
+    classes = np.searchsorted(ends, eval_starts(corpus, split, T), side="right")
     return np.bincount(classes).max() / len(classes)
 
 
 def unigram_loss(corpus, split):
     """Nats per token of a model that knows only how frequent tokens are: what any model must beat."""
-    train, held = (corpus.splits[s] if corpus.meta["kind"] == "text" else corpus.splits[s].tgt for s in ("train", split))
+    tokens = lambda s: corpus.splits[s] if corpus.meta["kind"] == "text" else corpus.splits[s].tgt
+    train, held = tokens("train"), tokens(split)
     p = np.bincount(train, minlength=corpus.V) + 1.0
     p /= p.sum()
     return float(-np.log(p)[np.asarray(held)].mean())

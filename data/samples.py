@@ -1,8 +1,9 @@
 """
 From a trained model to text that a person can judge: continue a prompt, fill masks, name a class, translate.
 
-All of it is collective: with expert parallelism every process calls it, with the same arguments. cfg is train.Config,
-corpus data.batches.Corpus, autocast the precision to run in.
+All of it is collective: with expert parallelism every process calls it, with the same arguments, in eval mode and
+without gradients. cfg is train.Config, corpus data.batches.Corpus, autocast the precision to run in; a prompt of None
+asks for a text of our own. ValueError, one line, for a prompt that cannot be used.
 """
 
 import re
@@ -12,24 +13,6 @@ import torch
 
 from data.bleu import corpus_bleu
 from data.batches import pad
-
-
-def show_sample(model, corpus, cfg, mesh, prompt, autocast):
-    """What the model makes of a prompt (None: of one of our own), as text that a person can judge. Collective.
-    ValueError, one line, for a prompt that cannot be used."""
-    model.eval()
-    if cfg.objective == "translation":
-        ids = corpus.tok.encode(prompt.strip())
-        check_prompt(prompt, ids, cfg.block_size - 1)
-        text = translate(model, corpus, [ids + [corpus.tok.eot]], cfg, mesh, autocast)[0]
-    elif cfg.objective == "roberta":
-        text = fill_prompt(model, corpus, cfg, mesh, prompt, autocast) if prompt is not None else fill_held_out(model, corpus, cfg, mesh, autocast)
-    elif cfg.objective == "classify":
-        text = show_classes(model, corpus, cfg, mesh, prompt, autocast)
-    else:
-        text = continue_text(model, corpus, cfg, mesh, prompt, autocast)
-    model.train()
-    return text
 
 
 def check_prompt(prompt, ids, most):
@@ -50,25 +33,11 @@ def continue_text(model, corpus, cfg, mesh, prompt, autocast):
     return corpus.tok.decode([t for t in y[0].tolist() if t < corpus.tok.eot])
 
 
-def fill_masks(model, corpus, ids, mesh, autocast, truth=None, domain=0):
-    """RoBERTa: token ids -> the text with [1], [2], ... where the masks are, and the five likeliest tokens for each.
-    truth: the ids without masks, if they are known; domain: its number, for gates that route by it."""
-    x = torch.tensor([ids], device=mesh.device)
-    with autocast:
-        logits = model(x, domain=torch.full_like(x, domain), pick=x == corpus.tok.mask)[0].float()[:, : corpus.tok.eot]  # (masks, ordinary tokens)
-    p, guess = (t.tolist() for t in logits.softmax(1).topk(5))
-    holes = [i for i, token in enumerate(ids) if token == corpus.tok.mask]
-    text = "".join(f"{corpus.tok.decode(ids[a + 1 : b])} [{n}]" for n, (a, b) in enumerate(zip([-1, *holes], holes), 1))
-    text += corpus.tok.decode(ids[holes[-1] + 1 :]) + "\n"
-    for n, (i, share, tokens) in enumerate(zip(holes, p, guess), 1):
-        text += f"\n[{n}]".ljust(6) + (f"{'= ' if tokens[0] == truth[i] else '  '}{corpus.tok.decode([truth[i]])!r:16} " if truth else "")
-        text += "  ".join(f"{corpus.tok.decode([token])!r} {100 * q:.0f} %" for token, q in zip(tokens, share))
-    return text
-
-
-def fill_prompt(model, corpus, cfg, mesh, prompt, autocast):
-    """A prompt with one or more <mask>; a mask takes the place of a word with the space before it, as tokens do."""
-    pieces = re.split(r" ?<mask>", prompt)
+def fill_text(model, corpus, cfg, mesh, prompt, autocast):
+    """RoBERTa: a prompt with one or more <mask>, or held-out passages, with guesses for each mask."""
+    if prompt is None:
+        return fill_held_out(model, corpus, cfg, mesh, autocast)
+    pieces = re.split(r" ?<mask>", prompt)  # a mask takes the place of a word with the space before it, as tokens do
     ids = [token for piece in pieces for token in [corpus.tok.mask, *corpus.tok.encode(piece)]][1:]
     check_prompt(prompt, ids, cfg.block_size)
     if len(pieces) == 1:
@@ -78,41 +47,70 @@ def fill_prompt(model, corpus, cfg, mesh, prompt, autocast):
 
 def fill_held_out(model, corpus, cfg, mesh, autocast):
     """Of each domain the wordiest of 16 held-out passages, an eighth of its words masked, and the guesses for them."""
-    rng, texts = np.random.default_rng(cfg.seed), []
-    split = "val" if "val" in corpus.splits else "test"
+    rng, texts, split = np.random.default_rng(cfg.seed), [], corpus.held_out()[0]
     is_word = lambda token: re.fullmatch(" [A-Za-z]{2,}", corpus.tok.decode([token])) is not None
     for domain, (name, start, end) in enumerate(corpus.domains(split)):
-        passages = [corpus.splits[split][i : min(i + cfg.block_size, end)].tolist() for i in range(start, end, -(-(end - start) // 16))]
+        starts = range(start, end, -(-(end - start) // 16))
+        passages = [corpus.splits[split][i : min(i + cfg.block_size, end)].tolist() for i in starts]
         truth = max(passages, key=lambda passage: sum(map(is_word, passage)))
-        words = [i for i, token in enumerate(truth) if is_word(token)] or [i for i, token in enumerate(truth) if token < corpus.tok.eot]
+        words = [i for i, token in enumerate(truth) if is_word(token)]
+        words = words or [i for i, token in enumerate(truth) if token < corpus.tok.eot]
         hidden = rng.permutation(words)[: 1 + len(words) // 8].tolist()
         ids = [corpus.tok.mask if i in hidden else token for i, token in enumerate(truth)]
-        texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n" + fill_masks(model, corpus, ids, mesh, autocast, truth, domain))
+        texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n"
+                     + fill_masks(model, corpus, ids, mesh, autocast, truth, domain))  # fmt: skip
     return "\n\n".join(texts)
 
 
-def show_classes(model, corpus, cfg, mesh, prompt, autocast):
-    """The likeliest classes of the prompt, or of a held-out passage of each class."""
-    names, split = [name for name, _, _ in corpus.domains("train")], "val" if "val" in corpus.splits else "test"
+def fill_masks(model, corpus, ids, mesh, autocast, truth=None, domain=0):
+    """Token ids -> the text with [1], [2], ... where the masks are, and the five likeliest tokens for each. truth: the
+    ids without masks, if they are known; domain: its number, for gates that route by it."""
+    tok, x = corpus.tok, torch.tensor([ids], device=mesh.device)
+    with autocast:
+        logits = model(x, domain=torch.full_like(x, domain), pick=x == tok.mask)[0]
+    p, guesses = logits.float()[:, : tok.eot].softmax(1).topk(5)  # (masks, 5), of the ordinary tokens
+    holes = [i for i, token in enumerate(ids) if token == tok.mask]
+    text, table = "", ""
+    for n, hole in enumerate(holes):
+        text += f"{tok.decode(ids[holes[n - 1] + 1 if n else 0 : hole])} [{n + 1}]"
+        best = guesses[n].tolist()
+        table += f"\n[{n + 1}]".ljust(6)
+        if truth:
+            right = "= " if best[0] == truth[hole] else "  "
+            table += right + repr(tok.decode([truth[hole]])).ljust(16) + " "
+        table += "  ".join(f"{tok.decode([t])!r} {100 * q:.0f} %" for t, q in zip(best, p[n].tolist()))
+    return text + tok.decode(ids[holes[-1] + 1 :]) + "\n" + table
+
+
+def name_classes(model, corpus, cfg, mesh, prompt, autocast):
+    """A classifier: the likeliest classes of the prompt, or of a held-out passage of each class."""
+    names, split = [name for name, _, _ in corpus.domains("train")], corpus.held_out()[0]
     if prompt is not None:
         passages = {"": corpus.tok.encode(prompt)}
         check_prompt(prompt, passages[""], cfg.block_size)
     else:
         middle = {name: (start + end) // 2 for name, start, end in corpus.domains(split)}
         passages = {name: corpus.splits[split][i : i + cfg.block_size].tolist() for name, i in middle.items()}
-    text = []
+    lines = []
     for name, ids in passages.items():
         with autocast:
             p = model(torch.tensor([ids], device=mesh.device))[0][0, 0].float().softmax(0)
         best = p.argsort(descending=True)[:3].tolist()
-        quote = f"   {corpus.tok.decode(ids)[:80]!r} ..." if name else ""
-        text.append(f"{name:16}-> " + "  ".join(f"{names[i]} {100 * p[i]:.0f} %" for i in best) + quote)
-    return "\n".join(text)
+        line = f"{name:16}-> " + "  ".join(f"{names[i]} {100 * p[i]:.0f} %" for i in best)
+        lines.append(line + (f"   {corpus.tok.decode(ids)[:80]!r} ..." if name else ""))
+    return "\n".join(lines)
+
+
+def translate_text(model, corpus, cfg, mesh, prompt, autocast):
+    """The translation of a prompt, one sentence."""
+    ids = corpus.tok.encode(prompt.strip())
+    check_prompt(prompt, ids, cfg.block_size - 1)
+    return translate(model, corpus, [ids + [corpus.tok.eot]], cfg, mesh, autocast)[0]
 
 
 def translate(model, corpus, sentences, cfg, mesh, autocast):
-    """Lists of source token ids, each ended by <|endoftext|> -> their translations as text, in the same order. Batches of
-    similar length; each rank decodes its rows of a batch, and all get all. Collective."""
+    """Lists of source token ids, each ended by <|endoftext|> -> their translations as text, in the same order. Batches
+    of similar length; each rank decodes its rows of a batch, and all get all. Collective."""
     tok, texts = corpus.tok, [""] * len(sentences)
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     for i in range(0, len(order), cfg.batch_size):
@@ -123,7 +121,7 @@ def translate(model, corpus, sentences, cfg, mesh, autocast):
         y = src.new_zeros(len(rows), cfg.block_size)
         y[mine] = tok.eot
         with autocast:
-            best, _ = model.translate(src[mine], tok.bos, tok.eot, cfg.beams, cfg.length_penalty)
+            best, _ = model.translate(src[mine], tok.bos, tok.eot, cfg.beams)
         y[mine, : best.shape[1]] = best
         for j, ids in zip(which, mesh.all_reduce(y).tolist()):  # zero where another rank's rows are
             texts[j] = tok.decode(ids[: (ids + [tok.eot]).index(tok.eot)])
@@ -131,17 +129,18 @@ def translate(model, corpus, sentences, cfg, mesh, autocast):
 
 
 def score_translations(model, corpus, split, n, cfg, mesh, autocast):
-    """Translate n sentences of a split (0: all), evenly spread. -> {"bleu": 0 to 100, "exact": share of translations that
-    equal the reference, "sentences"}, and some of them as text. Collective."""
+    """Translate n sentences of a split (0: all), evenly spread. -> {"bleu": 0 to 100, "exact": share of translations
+    that equal the reference, "sentences"}, and some of them as text."""
     p, fit = corpus.splits[split], corpus.pairs(split, cfg.block_size)
     which = [fit[i * len(fit) // n] for i in range(n)] if 0 < n < len(fit) else fit
-    sources, targets = ([side[idx[i] : idx[i + 1]].tolist() for i in which] for side, idx in (p[:2], p[2:]))
-    model.eval()
+    sources = [p.src[p.src_idx[i] : p.src_idx[i + 1]].tolist() for i in which]
+    references = [corpus.tok.decode(p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1] - 1]) for i in which]
     texts = translate(model, corpus, sources, cfg, mesh, autocast)
-    model.train()
-    references = [corpus.tok.decode(t[:-1]) for t in targets]
-    right = [r == t for r, t in zip(references, texts)]
-    shown = [f"    {corpus.tok.decode(sources[i][:-1])}\n{'  = ' if right[i] else '    '}{references[i]}" + f"\n -> {texts[i]}" * (not right[i])
-             for i in range(0, len(texts), -(-len(texts) // 6))]  # fmt: skip
-    scores = {"bleu": corpus_bleu(texts, references), "exact": sum(right) / len(texts), "sentences": len(texts)}
-    return scores, "source, reference (= the translation too), -> translation\n\n" + "\n\n".join(shown)
+    shown = ["source, reference (= the translation too), -> translation"]
+    for i in range(0, len(texts), -(-len(texts) // 6)):
+        right = references[i] == texts[i]
+        shown.append(f"    {corpus.tok.decode(sources[i][:-1])}\n{'  = ' if right else '    '}{references[i]}")
+        shown[-1] += "" if right else f"\n -> {texts[i]}"
+    exact = sum(a == b for a, b in zip(references, texts)) / len(texts)
+    scores = {"bleu": corpus_bleu(texts, references), "exact": exact, "sentences": len(texts)}
+    return scores, "\n\n".join(shown)

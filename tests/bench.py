@@ -22,11 +22,13 @@ before, weights' gradients included (on a GPU torch's own count; on a CPU added 
 
 import argparse
 import contextlib
+import inspect
 import math
 import os
 import statistics
 import sys
 import time
+from functools import partial
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py has it
 
@@ -37,9 +39,9 @@ from torch import nn
 from ranks import run_ranks
 import dist
 import train
-from experts import Experts, MoE
+from experts import Experts, MoE, feed_forward
 from model import GPT
-from router import Batch, gates, make_gate
+from router import Place, gates, make_gate
 
 V = 4096
 
@@ -189,7 +191,8 @@ class Peer(nn.Module):
 
 def moe_layer(gate, D, H, E, k, device):
     torch.manual_seed(0)
-    gate = make_gate(gate, D=D, E=E, k=k, V=V, layer=0, seed=0, counts=torch.arange(V, 0, -1), n_domains=2, steps=100)
+    takes_k = "k" in inspect.signature(gates()[gate]).parameters
+    gate = make_gate(gate, k=k if takes_k else 0, D=D, E=E, V=V, layer=0, seed=0, counts=torch.arange(V, 0, -1), n_domains=2, steps=100)
     experts = Experts(E, D, H)
     experts.init(0, 0, 0.02, 0.02)
     return MoE(gate, experts).to(device)
@@ -247,7 +250,7 @@ def step_part(a, device, autocast):
 
         def run(model=model, optimizer=optimizer, batch=batch):
             with autocast():
-                nll, _, _, aux = train.forward(model, batch)
+                nll, _, _, aux, _ = train.task_loss(model, batch)
             weights = train.loss_weights(model)
             (nll.mean() + sum(weights.get(key, 0) * value for key, value in aux.items())).backward()
             mesh.clip_grad_norm(model, 1.0)
@@ -272,12 +275,12 @@ def gates_part(a, device, autocast):
         params = [p for p in layer.gate.parameters() if p.requires_grad]
 
         def total(G, aux):
-            terms = [aux[key].sum() for key in aux if key in layer.gate.weights or key == "log_prob"]
+            terms = [aux[key].sum() for key in aux if key in layer.gate.loss_weights or key == "log_prob"]
             return G.float().sum() + sum(terms)
 
         def gate_alone(layer=layer):
             with autocast():
-                G, aux, *_ = layer.gate(x, ids, Batch(N, domain=domain))
+                G, aux, *_ = layer.gate(x, ids, Place(N, domain=domain))
             if (loss := total(G, aux)).requires_grad:
                 torch.autograd.grad(loss, [x, *params], allow_unused=True)
 
@@ -295,7 +298,7 @@ def rank_steps(rank, world, quick, rounds, mesh=None, device="cpu", autocast=con
     """Seconds of the fastest and the median step of a small MoE GPT on this rank, and the rows' bytes it sent."""
     mesh = mesh or dist.make_mesh(rank, world, 8)
     cfg = train.Config(n_layer=2, n_embd=64 if quick else 128, block_size=64, batch_size=16, n_experts=8, gate="topk", k=2)
-    model = GPT(cfg, V, mesh).to(device)
+    model = GPT(cfg, V, partial(feed_forward, cfg, mesh=mesh, V=V)).to(device)
     optimizer = train.make_optimizer(model, cfg)
     x = torch.randint(0, V, (cfg.batch_size, cfg.block_size), generator=torch.Generator().manual_seed(0))
     mine = x.chunk(world)[rank].to(device)
@@ -304,7 +307,7 @@ def rank_steps(rank, world, quick, rounds, mesh=None, device="cpu", autocast=con
         mesh.barrier()
         start = time.perf_counter()
         with autocast():
-            nll, _, _, aux = train.forward(model, {"x": mine, "y": mine.roll(-1, 1)})
+            nll, _, _, aux, _ = train.task_loss(model, {"x": mine, "y": mine.roll(-1, 1)})
         (nll.sum() / x.numel() + sum(weights.get(key, 0) * value for key, value in aux.items())).backward()
         mesh.sync_grads(model)
         mesh.clip_grad_norm(model, 1.0)

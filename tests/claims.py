@@ -46,8 +46,8 @@ KNOBS = {  # for every method three learning rates; then, at its best one, a few
     "hash": ["--gate_args=kind=random", "--diversify=0.1"],
     "base": [],
     "stablemoe": ["--gate_args=stage1=0.25", "--gate_args=balance=0.03"],
-    "evomoe": ["--diversify=0", "--diversify=0.2", "--gate_args=balance=0", "--gate_args=balance=0.1", "--diversify=0.2 --hard_at=0.35",
-               "--tau_until=0.5 --hard_at=0.7", "--spawn=noise"],
+    "evomoe": ["--diversify=0", "--diversify=0.2", "--gate_args=balance=0", "--gate_args=balance=0.1", "--diversify=0.2 --gate_args=anneal=0.0625,hard=0.1875",
+               "--gate_args=anneal=0.444,hard=0.667", "--spawn=noise"],
     "evomoe_id": [],
 }
 RATES = [f"--learning_rate={rate}" for rate in ("2e-3", "4e-3", "8e-3")]
@@ -188,10 +188,11 @@ def picture(source, path):
     """EvoMoE's phases over the steps of one run: loss, temperature, experts per token, from its log.jsonl."""
     with open(source) as f:
         log = [e for e in map(json.loads, f) if "loss" in e]
-    if not all("tau" in e for e in log):
+    log = [{"phase": "diversify", "tau": math.nan} | e for e in log]
+    if all(e["tau"] != e["tau"] for e in log):
         raise SystemExit(f"claims: {source} is not the log of a run with --gate=dts")
     right, parts = log[-1]["step"], []
-    values = {"loss": smooth([e["loss"] for e in log], 2), "temperature": [e["tau"] if e["phase"] != "diversify" else math.nan for e in log],
+    values = {"loss": smooth([e["loss"] for e in log], 2), "temperature": [e["tau"] for e in log],
               "experts per token": [e.get("experts_per_token", 1.0) for e in log]}  # fmt: skip
     for i, (label, ys) in enumerate(values.items()):
         real = [y for y in ys if y == y]

@@ -23,7 +23,7 @@ import pytest
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
 sys.path[:0] = [DATA, os.path.join(DATA, "grammar")]
-import common
+from data import bpe, download, files
 import grammar
 
 TEXT = ("the cat sat on the mat, the other cats sat there; don't they? aaaa aaa aaaaaaa 1234 1999\n"
@@ -44,13 +44,13 @@ def flags(out_dir, **more):
 
 def documents(folder, split):
     """[decoded document, ...] of a prepared text corpus."""
-    meta, tok = common.load_meta(folder), common.load_tokenizer(folder)
-    return tok.decode(common.load_split(folder, meta, split)).split("<|endoftext|>")[:-1]
+    meta, tok = files.load_meta(folder), files.load_tokenizer(folder)
+    return tok.decode(files.load_split(folder, meta, split)).split("<|endoftext|>")[:-1]
 
 
 def sentences(folder, split):
     """[(source, target), ...] of a prepared translation corpus."""
-    tok, pairs = common.load_tokenizer(folder), common.load_split(folder, common.load_meta(folder), split)
+    tok, pairs = files.load_tokenizer(folder), files.load_split(folder, files.load_meta(folder), split)
     sides = []
     for ids, idx in ((pairs.src, pairs.src_idx), (pairs.tgt, pairs.tgt_idx)):
         assert all(ids[end - 1] == tok.eot for end in idx[1:])
@@ -63,7 +63,7 @@ def sentences(folder, split):
 
 def naive_bpe(text, size):
     """Count all pairs of the whole text anew for every merge."""
-    words = [[bytes([b]) for b in word.encode()] for word in re.findall(common.PATTERN, text)]
+    words = [[bytes([b]) for b in word.encode()] for word in re.findall(bpe.PATTERN, text)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < size:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -88,7 +88,7 @@ def naive_merge(word, pair):
 
 @pytest.mark.parametrize("size", [256, 257, 300, 5000])
 def test_trainer_equals_recounting_everything(size):
-    tokens = common.train_bpe([TEXT], size)
+    tokens = bpe.train_bpe([TEXT], size)
     assert tokens == naive_bpe(TEXT, size)
     assert len(set(tokens)) == len(tokens) <= size
 
@@ -96,16 +96,16 @@ def test_trainer_equals_recounting_everything(size):
 def test_trainer_learns_the_textbook_example():
     """Sennrich et al. 2016, section 3.2: low, lower, newest, widest. Ties go to the smaller bytes."""
     texts = ["low\n" * 5, "lower\n" * 2, "newest\n" * 6, "widest\n" * 3]
-    tokens = common.train_bpe(texts, 256 + 4)
+    tokens = bpe.train_bpe(texts, 256 + 4)
     assert tokens[256:] == [b"es", b"est", b"lo", b"low"]
-    assert tokens == common.train_bpe(texts[::-1], 256 + 4), "the order of the texts does not matter"
+    assert tokens == bpe.train_bpe(texts[::-1], 256 + 4), "the order of the texts does not matter"
 
 
 def test_encoding_merges_by_rank():
-    tok = common.make_tokenizer("bpe", 320, [TEXT])
+    tok = bpe.make_tokenizer("bpe", 320, [TEXT])
     ranks = {token: i for i, token in enumerate(tok.tokens)}
     expected = []
-    for word in re.findall(common.PATTERN, TEXT):
+    for word in re.findall(bpe.PATTERN, TEXT):
         word = [bytes([b]) for b in word.encode()]
         while pairs := [p for p in zip(word, word[1:]) if p[0] + p[1] in ranks]:
             word = naive_merge(word, min(pairs, key=lambda p: ranks[p[0] + p[1]]))
@@ -116,7 +116,7 @@ def test_encoding_merges_by_rank():
 
 @pytest.mark.parametrize("name", ["bpe", "bytes"])
 def test_round_trip(name):
-    tok, rng = common.make_tokenizer(name, 400, [TEXT]), random.Random(0)
+    tok, rng = bpe.make_tokenizer(name, 400, [TEXT]), random.Random(0)
     noise = bytes(rng.randrange(256) for _ in range(3000))
     any_character = [chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))) for _ in noise]
     texts = ["", " ", TEXT, "\r\n\t\x00\x1c\u2028\u0301e\u0301 ½ Ⅷ ١٢ नमस्ते", " " * 5000, "!" * 5000,
@@ -128,7 +128,7 @@ def test_round_trip(name):
 
 
 def test_specials_are_the_last_ids_and_never_come_from_text():
-    tok = common.make_tokenizer("bytes", 0, ())
+    tok = bpe.make_tokenizer("bytes", 0, ())
     assert (tok.eot, tok.mask, tok.pad, tok.bos, tok.vocab_size) == (256, 257, 258, 259, 260)
     assert tok.encode("<|endoftext|><|mask|>") == list(b"<|endoftext|><|mask|>")
     assert tok.decode([104, 105, tok.eot]) == "hi<|endoftext|>"
@@ -137,11 +137,11 @@ def test_specials_are_the_last_ids_and_never_come_from_text():
 def test_gpt2_out_of_reach_is_one_line(monkeypatch):
     def offline(name):
         raise RuntimeError("a long story\nof several lines")
-    monkeypatch.setattr(common.tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(bpe.tiktoken, "get_encoding", offline)
     with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR.*--tokenizer=bpe") as e:
-        common.make_tokenizer("gpt2", 0, ())
+        bpe.make_tokenizer("gpt2", 0, ())
     assert "\n" not in str(e.value)
-    assert common.make_tokenizer("auto", 300, [TEXT]).name == "bpe"
+    assert bpe.make_tokenizer("auto", 300, [TEXT]).name == "bpe"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,9 +155,9 @@ def stdlib(tmp_path_factory):
 
 
 def test_stdlib_domains_and_sizes(stdlib):
-    meta, tok = common.load_meta(stdlib), common.load_tokenizer(stdlib)
+    meta, tok = files.load_meta(stdlib), files.load_tokenizer(stdlib)
     for split, sizes in meta["splits"].items():
-        ids = common.load_split(stdlib, meta, split)
+        ids = files.load_split(stdlib, meta, split)
         assert list(sizes["domains"]) == ["prose", "code"] and ids[-1] == tok.eot
         end = 0
         for start, stop, size in sizes["domains"].values():
@@ -167,7 +167,7 @@ def test_stdlib_domains_and_sizes(stdlib):
             end = stop
         assert end == sizes["tokens"] == len(ids)
     start, stop, _ = meta["splits"]["train"]["domains"]["code"]
-    assert "import " in tok.decode(common.load_split(stdlib, meta, "train")[start:stop])
+    assert "import " in tok.decode(files.load_split(stdlib, meta, "train")[start:stop])
 
 
 def test_stdlib_holds_out_whole_documents(stdlib):
@@ -175,9 +175,9 @@ def test_stdlib_holds_out_whole_documents(stdlib):
     train, val = documents(stdlib, "train"), documents(stdlib, "val")
     assert len(train) > len(val) > 0 and not set(train) & set(val)
     seen = set("\n\n".join(train).split("\n\n"))
-    meta, tok = common.load_meta(stdlib), common.load_tokenizer(stdlib)
+    meta, tok = files.load_meta(stdlib), files.load_tokenizer(stdlib)
     start, stop, _ = meta["splits"]["val"]["domains"]["prose"]
-    prose = tok.decode(common.load_split(stdlib, meta, "val")[start:stop]).replace("<|endoftext|>", "\n\n")
+    prose = tok.decode(files.load_split(stdlib, meta, "val")[start:stop]).replace("<|endoftext|>", "\n\n")
     held_out = {p for p in prose.split("\n\n") if p}
     assert len(held_out) > 10 and not seen & held_out
 
@@ -254,7 +254,7 @@ def test_multi30k_pairs_lines_and_drops_empty_ones(tmp_path, capsys):
     assert "dropped 1 pair" in capsys.readouterr().out
     main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="de-en"))
     assert sentences(tmp_path / "out", "val") == [(de, en) for en, de in expected]
-    assert common.load_meta(tmp_path / "out")["langs"] == ["de", "en"]
+    assert files.load_meta(tmp_path / "out")["langs"] == ["de", "en"]
     (tmp_path / "val.de.gz").write_bytes(gzip.compress(b"Ein Hund.\n"))
     with pytest.raises(ValueError, match=r"val.en.gz has 4 lines but .*val.de.gz has 1"):
         main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
@@ -404,15 +404,15 @@ def test_grammar_holds_out_sources(tmp_path):
 
 @pytest.fixture
 def prepared(tmp_path):
-    tok = common.make_tokenizer("bpe", 300, [TEXT])
+    tok = bpe.make_tokenizer("bpe", 300, [TEXT])
     splits = {"train": {"a": [TEXT, "x"], "b": [TEXT]}, "val": {"a": ["y"], "b": ["z"]}}
-    common.write_text(tmp_path, tok, splits, "test")
+    files.write_text(tmp_path, tok, splits, "test")
     return tmp_path
 
 
 def everything(folder):
-    meta = common.load_meta(folder)
-    return common.load_tokenizer(folder), [common.load_split(folder, meta, split) for split in meta["splits"]]
+    meta = files.load_meta(folder)
+    return files.load_tokenizer(folder), [files.load_split(folder, meta, split) for split in meta["splits"]]
 
 
 def edit(name, change):
@@ -445,12 +445,12 @@ def test_damaged_corpus_is_one_line(prepared, damage, message):
 
 def test_unknown_split_is_named(prepared):
     with pytest.raises(ValueError, match="no split 'test', only train, val"):
-        common.load_split(prepared, common.load_meta(prepared), "test")
+        files.load_split(prepared, files.load_meta(prepared), "test")
 
 
 def test_translation_index_is_checked(tmp_path):
-    tok = common.make_tokenizer("bytes", 0, ())
-    common.write_pairs(tmp_path, tok, ("en", "de"), {"train": [("a", "bb"), ("ccc", "")]}, "test")
+    tok = bpe.make_tokenizer("bytes", 0, ())
+    files.write_pairs(tmp_path, tok, ("en", "de"), {"train": [("a", "bb"), ("ccc", "")]}, "test")
     assert sentences(tmp_path, "train") == [("a", "bb"), ("ccc", "")]
     np.array([0, 4, 6], np.int64).tofile(tmp_path / "train.src.idx")    # other starts, same end
     everything(tmp_path)
@@ -461,7 +461,7 @@ def test_translation_index_is_checked(tmp_path):
 
 
 def test_large_vocabularies_take_four_bytes():
-    assert [common.token_type(v) for v in (65536, 65537)] == ["uint16", "uint32"]
+    assert [files.token_type(v) for v in (65536, 65537)] == ["uint16", "uint32"]
 
 
 def crash():
@@ -470,11 +470,11 @@ def crash():
 
 
 def test_crash_while_writing_leaves_nothing_new(tmp_path, prepared):
-    tok = common.make_tokenizer("bytes", 0, ())
+    tok = bpe.make_tokenizer("bytes", 0, ())
     before = {path.name: path.read_bytes() for path in prepared.iterdir()}
     for folder in (tmp_path / "new", prepared):
         with pytest.raises(RuntimeError):
-            common.write_text(folder, tok, {"train": {"a": ["x"]}, "val": {"a": crash()}}, "test")
+            files.write_text(folder, tok, {"train": {"a": ["x"]}, "val": {"a": crash()}}, "test")
     assert not list((tmp_path / "new").iterdir())
     assert {path.name: path.read_bytes() for path in prepared.iterdir() if path.is_file()} == before
 
@@ -486,10 +486,10 @@ def test_crash_while_renaming_leaves_no_meta(prepared, monkeypatch):
         if len(calls) == 2:
             raise RuntimeError("the power fails")
         rename(a, b)
-    monkeypatch.setattr(common.os, "replace", replace)
-    tok = common.make_tokenizer("bytes", 0, ())
+    monkeypatch.setattr(files.os, "replace", replace)
+    tok = bpe.make_tokenizer("bytes", 0, ())
     with pytest.raises(RuntimeError):
-        common.write_text(prepared, tok, {"train": {"a": ["x"]}, "val": {"a": ["y"]}}, "test")
+        files.write_text(prepared, tok, {"train": {"a": ["x"]}, "val": {"a": ["y"]}}, "test")
     with pytest.raises(FileNotFoundError, match="meta.json is missing"):
         everything(prepared)
 
@@ -519,14 +519,14 @@ def server(monkeypatch):
 def test_download(server, tmp_path):
     url, args = f"http://127.0.0.1:{server.server_port}", flags(tmp_path)
     digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    path = common.fetch("a.txt", url + "/whole", args, digest)
+    path = download.fetch("a.txt", url + "/whole", args, digest)
     assert path == os.path.join(tmp_path, "download", "a.txt") and open(path, "rb").read() == b"hello"
     assert "Mozilla" in server.agent
-    assert common.fetch("a.txt", "http://127.0.0.1:1/gone", args, digest) == path, "fetched once"
+    assert download.fetch("a.txt", "http://127.0.0.1:1/gone", args, digest) == path, "fetched once"
     for name, digest, why in (("short", None, "ended after 5 of 10 bytes"), ("whole", "0" * 64, "sha256"),
                               ("none", None, "404")):
         with pytest.raises(OSError, match=why) as e:
-            common.fetch("b.txt", f"{url}/{name}", args, digest)
+            download.fetch("b.txt", f"{url}/{name}", args, digest)
         message = str(e.value)
         assert f"{url}/{name}" in message and os.path.join("download", "b.txt") in message
         assert "--data_dir" in message and "\n" not in message
@@ -537,9 +537,9 @@ def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     url = "http://127.0.0.1:1/x"
     with pytest.raises(OSError, match=f"cannot download {url} to .*input.txt .*--data_dir=FOLDER"):
-        common.fetch("input.txt", url, flags(tmp_path))
+        download.fetch("input.txt", url, flags(tmp_path))
     with pytest.raises(FileNotFoundError, match="input.txt is missing: --data_dir needs a folder with"):
-        common.fetch("input.txt", url, flags(tmp_path, data_dir=str(tmp_path)))
+        download.fetch("input.txt", url, flags(tmp_path, data_dir=str(tmp_path)))
 
 
 def prepare(folder, name, *arguments):

@@ -192,7 +192,7 @@ def on_reduce(mesh, group, change):
 
     def wrong(t, group=None):
         change(t, lambda t: real(t, group=group)) if group is chosen else real(t, group=group)
-    chosen = mesh.groups.get(group)
+    chosen = mesh.process_groups.get(group)
     return patch.object(td, "all_reduce", wrong)
 
 
@@ -233,18 +233,18 @@ def clip_with(square):
 
 
 def backward_with(change):
-    real = dist.Travel.backward
-    wrong = staticmethod(lambda ctx, grad, tie: change(ctx, grad, tie, real))
-    return patch.object(dist.Travel, "backward", wrong)
+    real = dist.AllToAll.backward
+    wrong = staticmethod(lambda ctx, grad, link: change(ctx, grad, link, real))
+    return patch.object(dist.AllToAll, "backward", wrong)
 
 
-def same_way(ctx, grad, tie, real):
-    ctx.back = ctx.go
-    return real(ctx, grad, tie)
+def same_way(ctx, grad, link, real):
+    ctx.back = ctx.forth
+    return real(ctx, grad, link)
 
 
-def no_way(ctx, grad, tie, real):
-    grad, *rest = real(ctx, grad, tie)
+def no_way(ctx, grad, link, real):
+    grad, *rest = real(ctx, grad, link)
     return grad * 0, *rest
 
 
@@ -270,7 +270,7 @@ MUTANTS = {     # name: (the part of the comparison that must show it, the bug)
         dist, "send", lambda x, to, frm, group: real_send(x, frm, to, group))),
     "no block transpose": ("logits", lambda m: patch.object(dist, "swap", lambda x, sizes: x)),
     "transpose on one way only": ("logits", lambda m: patch.object(
-        dist, "there", lambda x, sizes, mesh: real_exchange(x, sizes.sum(2), mesh))),
+        dist, "to_owners", lambda x, sizes, mesh: real_exchange(x, sizes.sum(2), mesh))),
     "backward goes the same way": ("crash", lambda m: backward_with(same_way)),
     "backward brings nothing": ("dense", lambda m: backward_with(no_way)),
     "auxiliary loss from local load": ("router", lambda m: patch.object(Mesh, "sum", lambda s, t: t)),
@@ -306,7 +306,7 @@ def random_counts(world, seed):
 def all_to_all(rank, world, ep, local):
     flat = make_mesh(rank, world, E, ep, local)
     deep = make_mesh(rank, world, E, ep, local, two_level=True)
-    assert "inter" in deep.groups
+    assert "inter" in deep.process_groups
     base, n = rank - flat.ep_rank, E // ep
     for seed in range(30 if world == 4 else 8):
         c, g = random_counts(world, seed)
@@ -351,7 +351,7 @@ def test_swap_example():
     assert [x[i] for i in y] == ["a0b0", "a0b0", "a1b0", "a0b1", "a1b1", "a1b1", "a1b1"]
 
 
-def stepping_out(rank, world, tie):
+def stepping_out(rank, world, link):
     """Rank 0 is frozen below, rank 1 gets no rows and returns something unconnected."""
     mesh = make_mesh(rank, world, E)
     x = torch.ones(3, D, requires_grad=rank > 0)
@@ -360,7 +360,7 @@ def stepping_out(rank, world, tie):
     w = torch.tensor(2.0, requires_grad=True)
     rows, mine, back = mesh.to_experts(x, counts)
     y = rows * w if len(rows) else torch.zeros(0, D)
-    back = back if tie else back._replace(tie=torch.zeros(()))
+    back = back if link else back._replace(link=torch.zeros(()))
     y = mesh.to_tokens(y, back)
     (y.sum() if y.requires_grad else x.sum()).backward()
     assert rank == 0 or torch.equal(x.grad, torch.full_like(x, 2.0))
@@ -369,7 +369,7 @@ def stepping_out(rank, world, tie):
 
 def test_every_rank_takes_part_in_backward():
     assert run_ranks(2, stepping_out, True, timeout=20)[0] == 2 * 3 * D
-    with pytest.raises(Exception):                            # without the tie it hangs: the test can fail
+    with pytest.raises(Exception):                            # without the link it hangs: the test can fail
         run_ranks(2, stepping_out, False, timeout=2)
 
 
@@ -479,7 +479,7 @@ def test_init_without_torchrun(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     mesh = dist.init(8, device="cpu")
-    assert (mesh.world, mesh.ep, mesh.n_nodes, mesh.groups) == (1, 1, 1, {})
+    assert (mesh.world, mesh.ep, mesh.n_nodes, mesh.process_groups) == (1, 1, 1, {})
     assert dist.layout(12, 8) == (4, 12) and dist.layout(4, 0) == (1, 4)  # the defaults; a dense model
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is set but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE"):
@@ -610,7 +610,8 @@ def test_a_new_optimizer_and_frozen_parameters_round_trip():
     assert same(dist.full_state(model, opt, Mesh()), state)
 
 
-STATE = {"model": {"w": torch.arange(50_000.0)}, "step": 1, "config": {"lr": 0.1, "name": "x"}}
+STATE = {"model": {"w": torch.arange(50_000.0)}, "optimizer": {}, "tensors": 1, "step": 1,
+         "config": {"lr": 0.1, "name": "x"}}
 
 
 class Dies:

@@ -7,6 +7,7 @@ is computed once as written, with a dense einsum and a brute-force queue at each
 values, gradients, what is skipped, who is dropped, padding, ranks. float64 throughout, so that equal means 1e-10.
 """
 import copy
+import inspect
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from ranks import run_ranks
 import dist
 import router
 from experts import Experts, MoE, drop, drop_priority, grouped_mm
-from router import Batch, Gate, gates, make_gate
+from router import Place, Gate, gates, make_gate
 
 GATES = sorted(gates())
 D, H, E, V, B, T, STEPS = 8, 6, 4, 30, 4, 8, 20  # STEPS: length of the run that schedules see
@@ -26,7 +27,8 @@ COUNTS = torch.arange(V, 0, -1)  # token counts, for gates that balance a table
 
 
 def gate_args(name, D=D, E=E, k=2):
-    """What model.py offers to every gate."""
+    """What feed_forward offers to every gate, and k to those that take it."""
+    k = k if "k" in inspect.signature(gates()[name]).parameters else 0
     return dict(D=D, E=E, k=k, V=V, layer=1, seed=3, counts=COUNTS, n_domains=2, steps=STEPS)
 
 
@@ -45,6 +47,7 @@ def new_gate(name, lively=True, **sizes):
 def new_layer(name, capacity=0.0, groups=1, nodes=1, mesh=None, order="", E=E, **more):
     gate = new_gate(name, E=E, **more)
     mesh = mesh or dist.Mesh()
+    mesh.n_nodes = nodes if mesh.world == 1 else mesh.n_nodes  # one process plays several
     mine = E // mesh.ep
     experts = Experts(mine, D, H, bias=True, first=mesh.ep_rank * mine, sharded=True).double()
     experts.init(0, 1, 0.5, 0.5)
@@ -52,7 +55,6 @@ def new_layer(name, capacity=0.0, groups=1, nodes=1, mesh=None, order="", E=E, *
         experts.b1.data[i] = 0.1 * (mesh.ep_rank * mine + i)
         experts.b2.data[i] = 0.2 - 0.1 * (mesh.ep_rank * mine + i)
     layer = MoE(gate, experts, mesh, capacity, drop_order=order, groups=groups)
-    layer.nodes = nodes if mesh.world == 1 else layer.nodes
     return layer
 
 
@@ -65,7 +67,7 @@ def tokens(seed=0, n=B * T, D=D):
 
 def route(gate, x, ids, domain=None, seed=7, **where):
     torch.manual_seed(seed)
-    return gate(x, ids, Batch(len(x), domain=domain, **where))
+    return gate(x, ids, Place(len(x), domain=domain, **where))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,14 +98,14 @@ def queue_key(order, G, u=None):
 def oracle(layer, x, ids, domain, seed):
     """y (N, D), aux and G (N, E) of a layer, as the equation says: every expert on every token."""
     torch.manual_seed(seed)
-    batch = layer.batch(x, None, None, domain)
-    routing = layer.gate(x, ids, batch)
-    G, factor = routing.G, layer.capacity_factor if layer.training else layer.eval_capacity_factor
+    place = layer.place(x, None, None, domain)
+    routing = layer.gate(x, ids, place)
+    G, factor = routing.G, layer.capacity_factor if layer.training else 0
     if factor or routing.capacity is not None:
         random = layer.drop_order == "random" and routing.priority is None
-        u = batch.rand(layer.gate.E, dtype=torch.float32) if random else None
+        u = place.rand(layer.gate.E, dtype=torch.float32) if random else None
         keep, start = torch.zeros_like(G, dtype=torch.bool), 0
-        for n in batch.sizes:
+        for n in place.sizes:
             rows = slice(start, start + n)
             own = math.ceil(factor * layer.gate.k * n / layer.gate.E) if routing.capacity is None else routing.capacity
             slots = own[rows][0] if torch.is_tensor(own) and own.dim() == 2 else torch.as_tensor(own).expand(layer.gate.E)
@@ -125,7 +127,7 @@ def total_loss(gate, y, aux, seed=11, aux_weight=0.3):
     loss = (y * torch.randn(y.shape, generator=g, dtype=y.dtype)).sum()
     if "log_prob" in aux:
         loss = loss + (aux["log_prob"] * torch.randn(aux["log_prob"].shape, generator=g, dtype=y.dtype)).sum()
-    return loss + aux_weight * sum(aux[name] for name in gate.weights if name in aux)
+    return loss + aux_weight * sum(aux[name] for name in gate.loss_weights if name in aux and name != "log_prob")
 
 
 def gradients(layer, x, loss):
@@ -206,7 +208,7 @@ def test_routing_is_finite_and_float32_also_under_bf16(name):
                 assert value.shape == ((B * T,) if key == "log_prob" else ()) and value.isfinite().all(), key
                 assert value.dtype == torch.float32, key
             assert r.priority is None or r.priority.shape == r.G.shape
-            assert gate.causal in ("always", "eval", "never")
+            assert gate.looks_ahead in ("never", "training", "always")
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -214,7 +216,7 @@ def test_every_weighted_loss_exists(name):
     """A weight whose name is in no aux would be ignored in silence. (Some losses exist only where E is no power of 2.)"""
     x, ids, domain = tokens(D=24)
     sized = [new_gate(name, D=24, E=E) for E in (4, 6)]
-    assert set(sized[0].weights) <= {key for gate in sized for key in route(gate, x, ids, domain).aux}
+    assert set(sized[0].loss_weights) <= {key for gate in sized for key in route(gate, x, ids, domain).aux}
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -242,8 +244,8 @@ def with_new_end(t, seed=1):
 def kept(layer, x, ids, domain):
     """G after the capacity, with the same noise at every call."""
     torch.manual_seed(7)
-    batch = layer.batch(x, None, None, domain)
-    return layer.apply_capacity(layer.gate(x, ids, batch), batch)
+    place = layer.place(x, None, None, domain)
+    return layer.apply_capacity(layer.gate(x, ids, place), place)
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -254,22 +256,22 @@ def test_no_look_at_the_future(name):
         layer.gate.set_step(step)
         for training in (True, False):
             layer.train(training)
-            if layer.gate.causal == "always" or (layer.gate.causal == "eval" and not training):
+            if layer.gate.looks_ahead == "never" or (layer.gate.looks_ahead == "training" and not training):
                 for t in (1, 7, B * T - 1):
                     a, b = (kept(layer, *rows)[:t] for rows in with_new_end(t))
                     assert_close(a, b, 1e-12, f"step {step}, training {training}, t {t}")
 
 
-@pytest.mark.parametrize("name", [n for n in GATES if gates()[n].causal != "always"] or ["none"])
+@pytest.mark.parametrize("name", [n for n in GATES if gates()[n].looks_ahead != "never"] or ["none"])
 def test_gates_that_look_ahead_say_so(name):
-    """The promise is not given away lightly: causal = "eval" and "never" are claims that can be seen."""
+    """The promise is not given away lightly: looks_ahead = "training" and "always" are claims that can be seen."""
     if name != "none":
-        layer = new_layer(name, capacity=0.6).train(gates()[name].causal == "eval")
+        layer = new_layer(name, capacity=0.6).train(gates()[name].looks_ahead == "training")
         pairs = ([kept(layer, *rows)[:16] for rows in with_new_end(16, seed)] for seed in range(1, 9))
         assert not all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", [n for n in GATES if gates()[n].causal != "never"])
+@pytest.mark.parametrize("name", [n for n in GATES if gates()[n].looks_ahead != "always"])
 def test_evaluation_does_not_depend_on_neighbours(name):
     layer = new_layer(name, capacity=0.6).eval()
     x, ids, domain = tokens()
@@ -299,7 +301,7 @@ def test_padding_is_invisible(name):
     for key in aux:
         assert_close(aux[key], aux2[key], 0.0, key)
     layer.eval()
-    if layer.gate.causal != "never":
+    if layer.gate.looks_ahead != "always":
         y = layer(x, ids, live, domain)[0]
         assert_close(y[live], layer(x[live], ids[live], domain=domain[live])[0], 1e-12, "without padding")
 
@@ -391,7 +393,7 @@ def test_survivors_are_the_right_ones(order):
     for seed in range(6):
         G = random_G(seed)
         n_e = (G != 0).sum(0)
-        batch = Batch(len(G))
+        batch = Place(len(G))
         torch.manual_seed(seed)
         priority = drop_priority(order, G, batch)
         torch.manual_seed(seed)
@@ -415,12 +417,12 @@ def test_capacity_is_rounded_up_and_counts_per_group():
     gate = make_gate("switch", D=D, E=E)
     layer = MoE(gate, Experts(E, D, H), capacity_factor=1.25, groups=3)
     G = F.one_hot(torch.zeros(20, dtype=torch.long), E).double()  # everybody wants expert 0
-    batch = layer.batch(torch.zeros(20, D), None, None, None)
-    kept = layer.apply_capacity(router.Routing(G, {}), batch)
-    assert batch.sizes == [7, 7, 6]
-    assert [int(part[:, 0].sum()) for part in kept.split(batch.sizes)] == [3, 3, 2]  # ceil(1.25 * n / 4)
+    place = layer.place(torch.zeros(20, D), None, None, None)
+    kept = layer.apply_capacity(router.Routing(G, {}), place)
+    assert place.sizes == [7, 7, 6]
+    assert [int(part[:, 0].sum()) for part in kept.split(place.sizes)] == [3, 3, 2]  # ceil(1.25 * n / 4)
     layer.eval()
-    assert torch.equal(layer.apply_capacity(router.Routing(G, {}), batch), G)
+    assert torch.equal(layer.apply_capacity(router.Routing(G, {}), place), G)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -447,31 +449,54 @@ def test_balance_loss_counts_carry_no_gradient():
     torch.manual_seed(0)
     p = torch.rand(10, E, dtype=torch.float64).softmax(1).requires_grad_()
     chosen = p.detach() >= p.detach().topk(2, dim=1).values[:, 1:]
-    loss = router.balance_loss(p, chosen, Batch(10))
+    loss = router.balance_loss(p, chosen, Place(10))
     f = chosen.double().mean(0) / 2  # divided by k
     assert_close(loss, E * (f * p.mean(0)).sum(), 1e-14)
     (grad,) = torch.autograd.grad(loss, p)
     assert_close(grad, (E * f / 10).expand_as(p), 1e-14)
     even = torch.full((E, E), 1 / E)
-    assert router.balance_loss(even, torch.eye(E).bool(), Batch(E)) == 1
+    assert router.balance_loss(even, torch.eye(E).bool(), Place(E)) == 1
     one = F.one_hot(torch.zeros(6, dtype=torch.long), E)
-    assert router.balance_loss(one.float(), one.bool(), Batch(6)) == E
+    assert router.balance_loss(one.float(), one.bool(), Place(6)) == E
 
 
 def test_make_gate_explains_what_is_wrong():
     for name, args, message in [
-        ("swich", "", r"gate='swich' is unknown \(did you mean switch\?\)"),
+        ("swich", "", r"--gate=swich is unknown \(did you mean switch\?\)"),
         ("switch", "jiter=1", r"no knob 'jiter' \(did you mean jitter\?\)"),
         ("switch", "jitter=much", "jitter=much should be of type float"),
         ("switch", "D=3", "no knob 'D'"),
         ("topk", "jitter", "no knob 'jitter'"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
-            make_gate(name, args, **gate_args(name))
+            make_gate(name, args, **(gate_args(name) if name in gates() else {}))
         assert "\n" not in str(error.value)
     for k in (-1, E + 1):
-        with pytest.raises(ValueError, match=f"k={k} experts per token is impossible with {E} experts"):
+        with pytest.raises(ValueError, match=f"--k={k} experts per token is impossible with --n_experts={E}"):
             make_gate("topk", D=D, E=E, k=k)
+    for name, args, message in [
+        ("switch", "balance=-1", "balance=-1.0 is the weight of a loss and must not be negative"),
+        ("switch", "balance=nan", "balance=nan must be a finite number"),
+        ("switch", "jitter=1", "switch's jitter=1.0 must be from 0 to below 1"),
+        ("dselectk", "gamma=-1", "dselectk's gamma=-1.0 must be above 0"),
+        ("comet", "gamma=0", "comet's gamma=0.0 must be above 0"),
+        ("stablemoe", "dim=0", "stablemoe's dim=0 must be at least 1"),
+        ("stablemoe", "stage1=2", "stablemoe's stage1=2.0 must be from 0 to 1"),
+        ("locmoe", "eps=0", "locmoe's eps=0.0 must be between 0 and 1"),
+        ("deepseekv3", "gamma=-0.1", "deepseekv3's gamma=-0.1 must be at least 0"),
+        ("deepseekv3", "route_scale=0", "deepseekv3's route_scale=0.0 must be above 0"),
+        ("gumbelmatching", "clip=-1", "gumbelmatching's clip=-1.0 must be at least 0"),
+        ("dts", "tau_min=3", "dts's tau_min=3.0 must be above 0 and at most tau_max=2.0"),
+        ("dts", "hard=0.1", "dts's hard=0.1 must be at least anneal="),
+        ("dts", "reads=words", "dts's reads=words must be content or id"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            make_gate(name, args, **gate_args(name))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="--k=2: --gate=switch sets the number of experts per token itself"):
+        make_gate("switch", D=D, E=E, k=2)
+    with pytest.raises(ValueError, match="search=1 must be between 0 and 1"):
+        router.Permuted(make_gate("switch", D=D, E=E), search=1)
     assert make_gate("switch", "jitter=0.5, balance=2", **gate_args("switch")).jitter == 0.5
 
 
@@ -497,7 +522,7 @@ def run_layers(name, mesh, groups=1, nodes=1, capacity=0.0, live=None):
     for i, layer in enumerate(layers):
         y, aux = layer(h, ids[mine], None if live is None else live[mine], domain[mine])
         h = h + y
-        loss = loss + 0.3 * sum(aux[key] for key in layer.gate.weights if key in aux)
+        loss = loss + 0.3 * sum(aux[key] for key in layer.gate.loss_weights if key in aux and key != "log_prob")
         if "log_prob" in aux:
             loss = loss + (aux.pop("log_prob") * advantage[mine][..., 0]).sum() / (B * T)
         out |= {f"aux {i} {key}": value.detach() for key, value in aux.items()}

@@ -5,6 +5,7 @@ formula in numpy, numbers worked by hand, an enumeration, a count or a certifica
 
 A gate whose weight is the identity has x as its logits, so a test writes down the logits it wants.
 """
+import functools
 import itertools
 import math
 import types
@@ -18,11 +19,12 @@ import evomoe
 import router
 import train
 from data.batches import mask_tokens
-from data.common import Tokenizer
+from data.bpe import Tokenizer
 from dist import Mesh
+from experts import feed_forward
 from model import RoBERTa
 from router import (
-    BASE, Batch, GShard, Hash, NoisyTopK, Soft, Switch, TopK,
+    BASE, Place, GShard, Hash, NoisyTopK, Soft, Switch, TopK,
     balance_loss, balanced_assignment, balanced_table, best_assignment, skip_weights, z_loss,
 )  # fmt: skip
 
@@ -139,7 +141,7 @@ def test_gshard_uses_the_second_expert_with_probability_2_g2(g2):
 
 
 def test_balance_loss_by_hand():
-    batch = Batch(3)
+    batch = Place(3)
     p = doubles([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]]).requires_grad_()  # P = (.6, .4), f = (2/3, 1/3)
     chosen = (p.detach() > 0.5) * p / p.detach()  # 0 or 1, with a gradient that nobody may take
     loss = balance_loss(p, chosen, batch)
@@ -158,8 +160,8 @@ def test_balance_loss_by_hand():
 
 def test_z_loss_by_hand():
     logits = doubles([[1, 1], [3, 1]]).log()  # logsumexp: log 2 and log 4 = 2 log 2
-    assert z_loss(logits, Batch(2)).item() == pytest.approx(2.5 * math.log(2) ** 2)
-    assert z_loss(logits - math.log(2), Batch(2)).item() == pytest.approx(0.5 * math.log(2) ** 2)  # a shift counts
+    assert z_loss(logits, Place(2)).item() == pytest.approx(2.5 * math.log(2) ** 2)
+    assert z_loss(logits - math.log(2), Place(2)).item() == pytest.approx(0.5 * math.log(2) ** 2)  # a shift counts
     for gate in (TopK(2, 2, k=1), Switch(2, 2, jitter=0.0)):
         gate.double().weight.data = torch.eye(2, dtype=torch.float64)
         aux = route(gate, logits).aux
@@ -192,7 +194,7 @@ def test_noisy_topk_load_is_the_chance_of_a_redraw(k, monkeypatch):
         h[:, i] = clean[n, i] + sigma[n, i] * redrawn
         want[n, i] = ((h > h[:, i : i + 1]).sum(1) < k).mean()
 
-    batch, summed = Batch(6), []
+    batch, summed = Place(6), []
     batch.normal = lambda *shape: torch.from_numpy(held)
     r = gate(x, None, batch)
     load = want.sum(0)
@@ -200,7 +202,7 @@ def test_noisy_topk_load_is_the_chance_of_a_redraw(k, monkeypatch):
     assert r.G.shape == (6, E) and ((r.G > 0).sum(1) == k).all()
     monkeypatch.setattr(router, "cv_squared", lambda t: summed.append(t) or t.sum())
     for n in range(6):
-        batch = Batch(1)
+        batch = Place(1)
         batch.normal = lambda *shape: torch.from_numpy(held[n : n + 1])
         gate(x[n : n + 1], None, batch)
         assert np.abs(summed[-1].detach().numpy() - want[n]).max() < 1 / M
@@ -280,10 +282,10 @@ class Text:
 
     def __init__(self, B=4, T=64):
         a = torch.randint(60, (B, T))
-        self.x, self.y = mask_tokens(a, self, np.random.default_rng(0), share=0.5)
+        self.x, self.y = mask_tokens(a, self.tok, np.random.default_rng(0), share=0.5)
         self.hidden = self.x == self.tok.mask
         b = torch.where(self.hidden, (a + 1 + torch.randint(58, a.shape)) % 60, a)
-        self.x2, self.y2 = mask_tokens(b, self, np.random.default_rng(0), share=0.5)
+        self.x2, self.y2 = mask_tokens(b, self.tok, np.random.default_rng(0), share=0.5)
 
 
 @pytest.mark.parametrize("name", ["hash", "stablemoe", "randomrouted"])
@@ -291,13 +293,16 @@ class Text:
 def test_masked_tokens_are_spread_and_do_not_tell_what_is_under_them(name, training):
     text = Text()
     cfg = train.Config(n_layer=2, n_head=2, n_embd=16, n_experts=4, block_size=64, max_steps=10, k=0, gate=name)
-    model = RoBERTa(cfg, text.tok.vocab_size, counts=torch.ones(text.tok.vocab_size), mask_id=text.tok.mask).train(training)
-    evomoe.set_phase(model, cfg.max_steps, cfg)  # StableMoE in its second stage: by id in training too
+    ids = text.tok.vocab_size + cfg.block_size
+    counts = RoBERTa.route_counts(torch.ones(text.tok.vocab_size), cfg.block_size)
+    ffn = functools.partial(feed_forward, cfg, V=ids, counts=counts, steps=cfg.max_steps)
+    model = RoBERTa(cfg, text.tok.vocab_size, ffn, text.tok.mask).train(training)
+    evomoe.set_step(model, cfg.max_steps, cfg)  # StableMoE in its second stage: by id in training too
     seen = []
     for gate in model.gates():
         gate.register_forward_hook(lambda gate, args, r: seen.append((args[1], r.G)))
     for x, y in ((text.x, text.y), (text.x2, text.y2)):
-        train.forward(model, dict(x=x, y=y))
+        train.task_loss(model, dict(x=x, y=y))
     (ids, G), (ids2, G2) = seen
     assert (text.y != text.y2)[text.hidden].all() and text.hidden.sum() > 80
     assert torch.equal(ids, ids2) and torch.equal(G, G2)
@@ -382,7 +387,7 @@ def test_score_function_term_is_unbiased():
         z = torch.tensor(z).view(3, 2)
         lp, loss = log_p(first, second, z), losses(expert, z)
         chance = lp.sum().exp().detach()
-        total = total + chance * (train.score_function_term(lp, loss[PICK], PICK, 3, MESH) + mean(loss).mean())
+        total = total + chance * (router.score_function_term(lp, loss[PICK], PICK, 3, MESH) + mean(loss).mean())
     for got, want in zip(torch.autograd.grad(total, p), exact):
         assert np.allclose(got.numpy(), want.numpy(), atol=1e-12)
     assert np.abs(exact[0].numpy()).max() > 0.01
@@ -391,13 +396,13 @@ def test_score_function_term_is_unbiased():
 def test_score_function_term_by_hand():
     """Sequence losses 2, 4, 9; the others' means 6.5, 5.5, 3. And a sequence alone has no baseline."""
     nll, lp = doubles([1, 3, 4, 4, 9]), doubles([0.5, 0.25, 1.0]).requires_grad_()
-    term = train.score_function_term(lp, nll.requires_grad_(), PICK, 3, MESH)
+    term = router.score_function_term(lp, nll.requires_grad_(), PICK, 3, MESH)
     assert term.item() == pytest.approx((-4.5 * 0.5 - 1.5 * 0.25 + 6 * 1.0) / 3)
     slope, no = torch.autograd.grad(term, (lp, nll), allow_unused=True)
     assert np.allclose(slope.tolist(), [-1.5, -0.5, 2.0]) and no is None  # the advantage is a number
-    alone = train.score_function_term(doubles([0.5]), doubles([1, 3]), PICK[:1], 1, MESH)
+    alone = router.score_function_term(doubles([0.5]), doubles([1, 3]), PICK[:1], 1, MESH)
     assert alone.item() == pytest.approx(2 * 0.5)
-    same = train.score_function_term(lp, torch.ones(5, dtype=torch.float64), PICK, 3, MESH)
+    same = router.score_function_term(lp, torch.ones(5, dtype=torch.float64), PICK, 3, MESH)
     assert same.item() == 0
 
 
@@ -413,7 +418,7 @@ def test_score_function_term_is_off_when_sequences_share_a_capacity(c, exact):
         z = torch.tensor(z)
         w, lp = skip_weights(z, doubles(u), 2, c), logp[n, z]
         nll = torch.where(w > 0, loss[n, z], aim.square())  # skipped: the output is 0
-        total = total + lp.sum().exp().detach() / 6 * train.score_function_term(w * lp, nll, one, 3, MESH)
+        total = total + lp.sum().exp().detach() / 6 * router.score_function_term(w * lp, nll, one, 3, MESH)
     (got,) = torch.autograd.grad(total, theta)
     error = float((got - want).norm() / want.norm())
     assert error < 1e-12 if exact else error > 1e-2

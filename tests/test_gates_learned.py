@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from router import (
-    BASE, COMET, Batch, DSelectK, Permuted, Routing, StableMoE, TopK,
+    BASE, COMET, Place, DSelectK, Permuted, Routing, StableMoE, TopK,
     balanced_assignment, best_permutation, entropy, gates, smooth_step, tree_leaves,
 )
 
@@ -27,7 +27,7 @@ def data(N=40):
 
 
 def total_loss(gate, r):
-    return r.G.square().sum() + sum(gate.weights.get(name, 0) * value for name, value in r.aux.items())
+    return r.G.square().sum() + sum(gate.loss_weights.get(name, 0) * value for name, value in r.aux.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_base_is_greedy_and_causal_at_evaluation_only():
 
 def test_base_deals_out_each_group_by_itself():
     gate, (x, ids) = BASE(D, 4), data(50)
-    G = gate(x, ids, Batch(50, sizes=[16, 33, 1])).G
+    G = gate(x, ids, Place(50, sizes=[16, 33, 1])).G
     for rows, part in zip(x.split([16, 33, 1]), G.split([16, 33, 1])):
         assert torch.allclose(part, gate(rows, None).G, atol=1e-6)
         assert (part > 0).sum(0).max() - (part > 0).sum(0).min() <= 1
@@ -562,7 +562,7 @@ def test_permutation_resumes(schedule, step):
 class Everything(nn.Module):
     """A gate with all extras (not a Gate, which would enter gates())."""
 
-    D, E, k, causal, drop_order, weights = D, 5, 3, "never", "score", {"a": 2.0}
+    D, E, k, looks_ahead, drop_order, loss_weights = D, 5, 3, "always", "score", {"a": 2.0}
     steps = updates = 0
 
     def set_step(self, step):
@@ -579,8 +579,8 @@ class Everything(nn.Module):
 def test_permutation_wraps_everything_a_gate_may_have():
     gate, (x, ids) = with_cycle(permuted(Everything())), data()
     assert "permuted" not in gates()
-    assert (gate.k, gate.E, gate.causal, gate.drop_order) == (3, 5, "never", "score")
-    assert gate.weights == {"a": 2.0, "permutation": 1e-4}
+    assert (gate.k, gate.E, gate.looks_ahead, gate.drop_order) == (3, 5, "always", "score")
+    assert gate.loss_weights == {"a": 2.0, "permutation": 1e-4}
     gate.update()
     assert gate.gate.steps == 2 and gate.gate.updates == 1
     soft, hard = gate(x, ids), gate.eval()(x, ids)

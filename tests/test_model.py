@@ -4,6 +4,7 @@ and on nothing else.
 """
 import copy
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from ranks import run_ranks
 import dist
 import train
-from experts import Experts, MoE
+from experts import Experts, MoE, feed_forward
 from model import GPT, RoBERTa, Translator
 from router import Soft, gates, make_gate
 
@@ -26,10 +27,13 @@ def config(**more):
 
 def build(kind="gpt", mesh=None, **more):
     cfg = config(**more)
-    counts = torch.arange(V, 0, -1).numpy()
+    counts, n_ids = torch.arange(V, 0, -1).numpy(), V
+    if kind == "roberta":
+        counts, n_ids = RoBERTa.route_counts(counts, cfg.block_size), V + cfg.block_size
+    ffn = functools.partial(feed_forward, cfg, mesh=mesh, V=n_ids, counts=counts, n_domains=2, steps=cfg.max_steps)
     if kind == "translation":
-        return Translator(cfg, V, mesh, counts, n_domains=2, pad_id=V - 1)
-    return GPT(cfg, V, mesh, counts) if kind == "gpt" else RoBERTa(cfg, V, mesh, counts, mask_id=V - 2)
+        return Translator(cfg, V, ffn, pad_id=V - 1)
+    return GPT(cfg, V, ffn) if kind == "gpt" else RoBERTa(cfg, V, ffn, mask_id=V - 2)
 
 
 def tokens(rows=4, length=12, seed=0):
@@ -150,7 +154,7 @@ def test_a_gate_in_a_model_is_as_it_made_itself(gate):
         with torch.random.fork_rng():
             torch.manual_seed(model.cfg.seed * 1000 + i)
             counts = torch.arange(V, 0, -1).numpy()
-            fresh = make_gate(gate, D=16, E=4, V=V, layer=i, seed=model.cfg.seed, counts=counts, n_domains=1, steps=model.cfg.max_steps)
+            fresh = make_gate(gate, D=16, E=4, V=V, layer=i, seed=model.cfg.seed, counts=counts, n_domains=2, steps=model.cfg.max_steps)
         mine = model.stack.blocks[i].ffn.gate
         assert mine.state_dict().keys() == fresh.state_dict().keys()
         assert all(torch.equal(t, fresh.state_dict()[name]) for name, t in mine.state_dict().items())
@@ -163,13 +167,13 @@ def test_a_gate_in_a_model_is_as_it_made_itself(gate):
 # Who sees whom
 
 
-@pytest.mark.parametrize("gate", sorted(name for name, g in gates().items() if g.causal != "never"))
+@pytest.mark.parametrize("gate", sorted(name for name, g in gates().items() if g.looks_ahead != "always"))
 def test_logits_do_not_see_later_tokens(gate):
     """At evaluation for every gate that promises it; in training for those that promise that too. Within a sequence and
     also across: other rows of the batch change nothing at evaluation."""
     model = build(gate=gate)
     for training in (False, True):
-        if training and gates()[gate].causal != "always":
+        if training and gates()[gate].looks_ahead != "never":
             continue
         model.train(training)
         for t in (1, 5, 11):
@@ -202,9 +206,9 @@ def test_an_encoder_sees_both_ways_and_not_the_padding():
 
 def test_block_size_is_checked():
     for kind in ("gpt", "roberta"):
-        with pytest.raises(ValueError, match="a sequence of 13 tokens is longer than block_size=12"):
+        with pytest.raises(ValueError, match="a sequence of 13 tokens is longer than --block_size=12"):
             build(kind)(tokens(1, 13))
-    with pytest.raises(ValueError, match="n_embd=16 is not divisible by n_head=3"):
+    with pytest.raises(ValueError, match="--n_embd=16 is not divisible by --n_head=3"):
         build(n_head=3)
 
 

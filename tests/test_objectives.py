@@ -9,6 +9,7 @@ import re
 import signal
 import types
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,14 +20,17 @@ import dist
 import evomoe
 import train
 from data.batches import mask_tokens, micro_batches, random_starts
-from data.samples import translate
+from data.objectives import OBJECTIVES
+from data.samples import score_translations, translate
 from data.bleu import bleu, corpus_bleu, counts, words
-from data.common import Tokenizer, write_pairs, write_text
+from data.bpe import Tokenizer
+from data.files import write_pairs, write_text
+from experts import feed_forward
 from model import GPT, RoBERTa, Translator
 from router import gates
 
 GATES = sorted(gates())
-CAUSAL = [name for name in GATES if gates()[name].causal != "never"]
+CAUSAL = [name for name in GATES if gates()[name].looks_ahead != "always"]
 EOT, MASK, PAD, BOS, V = 5, 6, 7, 8, 9  # a vocabulary of five ordinary tokens, specials last
 BYTES = Tokenizer("bytes", [bytes([i]) for i in range(256)])
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=24 --batch_size=4 --max_steps=4 --warmup=2 --eval_every=0 "
@@ -42,11 +46,13 @@ def build(kind, gate="switch", mesh=None, V=V, std=0.25, **more):
     """A model with weights that are large enough to have an opinion, as at the end of its curriculum."""
     cfg = config(gate, **more)
     special = dict(pad_id=PAD) if kind is Translator else dict(mask_id=MASK) if kind is RoBERTa else {}
-    model = kind(cfg, V, mesh=mesh, counts=torch.ones(V), **special).eval()
+    n_ids = V + cfg.block_size * (kind is RoBERTa)
+    ffn = partial(feed_forward, cfg, mesh=mesh, V=n_ids, counts=torch.ones(n_ids), n_domains=2, steps=cfg.max_steps)
+    model = kind(cfg, V, ffn, **special).eval()
     for name, p in model.named_parameters():
         if p.dim() > 1 and ".gate." not in name:
             p.data.mul_(std / p.data.std())
-    evomoe.set_phase(model, cfg.max_steps, cfg)
+    evomoe.set_step(model, cfg.max_steps, cfg)
     return model
 
 
@@ -87,7 +93,7 @@ def test_the_decoder_does_not_see_the_future(gate):
     model, src, x = build(Translator, gate), ids(2, 6), ids(2, 8, seed=1)
     changed = x.clone()
     changed[:, 5:] = (x[:, 5:] + 1) % EOT
-    for training in [False] + [True] * (gates()[gate].causal == "always"):
+    for training in [False] + [True] * (gates()[gate].looks_ahead == "never"):
         model.train(training)
         logits = []
         for y in (x, changed):
@@ -143,21 +149,20 @@ def test_all_padding_is_not_nan(gate):
 
 
 def test_gates_that_look_ahead_are_refused():
-    """Expert choice in a causal model, or a drop order that looks ahead at evaluation; an encoder may have them."""
-    never = [name for name in GATES if gates()[name].causal == "never"]
+    """Expert choice in a causal model; an encoder may have it."""
+    never = [name for name in GATES if gates()[name].looks_ahead == "always"]
     assert never
-    notes = []
-    for kind, objective in ((GPT, "gpt"), (Translator, "translation")):
-        for gate, more in [(name, {}) for name in never] + [("topk", dict(eval_capacity_factor=1.0, drop_order="score"))]:
-            with pytest.raises(ValueError, match=f"gate={gate} .*later tokens.*insist"):
-                train.check_causality(build(kind, gate, **more), config(gate, objective=objective, **more), notes.append)
-            train.check_causality(build(kind, gate), config(gate, objective=objective, insist=True, **more), notes.append)
+    check = lambda kind, objective, gate, **more: train.check_causality(
+        config(gate, objective=objective, **more), OBJECTIVES[objective], build(kind, gate, **more))
     for gate in never:
-        train.check_causality(build(RoBERTa, gate), config(gate, objective="roberta"), notes.append)
-    notes.clear()
-    train.check_causality(build(GPT, "base"), config("base", objective="gpt"), notes.append)
-    train.check_causality(build(GPT, "switch"), config("switch", objective="gpt"), notes.append)
-    assert len(notes) == 1 and "base" in notes[0] and "evaluation does not" in notes[0]
+        for kind, objective in ((GPT, "gpt"), (Translator, "translation")):
+            with pytest.raises(ValueError, match=f"gate={gate} .*later tokens.*insist"):
+                check(kind, objective, gate)
+            assert "in training" in check(kind, objective, gate, insist=True)
+        assert check(RoBERTa, "roberta", gate) == ""
+    assert "base" in (note := check(GPT, "gpt", "base")) and "evaluation does not" in note
+    assert check(GPT, "gpt", "switch") == ""
+    assert "score" in check(GPT, "gpt", "topk", capacity_factor=1.0, drop_order="score")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +174,7 @@ def test_masking_statistics():
     corpus = types.SimpleNamespace(tok=BYTES)
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.integers(0, BYTES.vocab_size, (1000, 1500)))
-    corrupted, y = mask_tokens(x, corpus, rng)
+    corrupted, y = mask_tokens(x, corpus.tok, rng)
     ordinary, picked = x < BYTES.eot, y >= 0
     assert not (picked & ~ordinary).any() and torch.equal(y[picked], x[picked]) and torch.equal(corrupted[~picked], x[~picked])
     share = lambda hit, of: float(hit.sum() / of.sum())
@@ -179,7 +184,7 @@ def test_masking_statistics():
     random = corrupted[picked & (corrupted != BYTES.mask) & (corrupted != x)]
     frequency = torch.bincount(random, minlength=256).double() / len(random)
     assert len(frequency) == 256 and frequency.min() > 0.5 / 256 and frequency.max() < 1.6 / 256
-    again, other = mask_tokens(x, corpus, np.random.default_rng(1))[1], mask_tokens(x, corpus, np.random.default_rng(2))[1]
+    again, other = mask_tokens(x, corpus.tok, np.random.default_rng(1))[1], mask_tokens(x, corpus.tok, np.random.default_rng(2))[1]
     assert not torch.equal(again, other)  # dynamic: another step, other masks
 
 
@@ -187,9 +192,9 @@ def test_masking_always_leaves_a_target_but_not_a_special_one():
     corpus = types.SimpleNamespace(tok=BYTES)
     for seed in range(20):
         x = torch.full((1, 3), BYTES.eot)
-        assert (mask_tokens(x, corpus, np.random.default_rng(seed))[1] == -1).all()
+        assert (mask_tokens(x, corpus.tok, np.random.default_rng(seed))[1] == -1).all()
         x[0, 1] = 65
-        assert mask_tokens(x, corpus, np.random.default_rng(seed))[1].tolist() == [[-1, 65, -1]]
+        assert mask_tokens(x, corpus.tok, np.random.default_rng(seed))[1].tolist() == [[-1, 65, -1]]
 
 
 def test_masks_are_spread_over_a_table_without_telling_the_answer():
@@ -200,9 +205,9 @@ def test_masks_are_spread_over_a_table_without_telling_the_answer():
     x[:, 3:] = MASK
     routed = model.route_ids(x)
     assert torch.equal(routed[:, :3], x[:, :3]) and routed[0, 3:].tolist() == list(range(V + 3, V + 16))
-    counts = torch.tensor([100.0] * 8 + [0])
+    counts = RoBERTa.route_counts(torch.tensor([100.0] * 8 + [0]), 16)
     cfg = config("hash", block_size=16)
-    model = RoBERTa(cfg, V, counts=counts, mask_id=MASK)
+    model = RoBERTa(cfg, V, partial(feed_forward, cfg, V=V + 16, counts=counts), mask_id=MASK)
     for gate in model.gates():
         assert gate.table.shape[1] == V + 16
         assert gate.table[0, V:].bincount().tolist() == [4, 4, 4, 4]  # every expert works on masks
@@ -247,7 +252,7 @@ def test_classify(corpora, tmp_path, capsys):
     assert re.search(r"-> right [5-9]\d %", capsys.readouterr().out)
     train.main([*TINY, "--objective=classify", text, f"--out_dir={tmp_path / 'scratch'}"])
     cfg = train.configure(train.parse(["--objective=classify", "--block_size=24", "--batch_size=4", text]))
-    batch = train.train_batch(train.Corpus(str(corpora["text"])), cfg, 0)
+    batch = train.open_objective(cfg).train_batch(0)
     assert batch.keys() == {"x", "y"} and batch["y"].shape == (4, 1)
 
 
@@ -324,14 +329,14 @@ def test_wider_beams_score_no_less_on_average():
 
 def translations(mesh, folder, n):
     """Texts and scores of n held-out sentences by an untrained model."""
-    cfg = config(objective="translation", block_size=24, batch_size=4, beams=2, eval_batches=0)
-    corpus = train.Corpus(folder)
-    model = train.build_model(cfg, corpus, mesh, cfg.n_experts).eval()
+    cfg = config(objective="translation", dataset=folder, block_size=24, batch_size=4, beams=2)
+    objective = train.open_objective(cfg)
+    model, corpus = train.build_model(cfg, objective, mesh, 2, cfg.n_experts).eval(), objective.corpus
     p = corpus.splits["val"]
     sources = [p.src[p.src_idx[i] : p.src_idx[i + 1]].tolist() for i in range(n)]
     torch.manual_seed(0)
     texts = translate(model, corpus, sources, cfg, mesh, train.nullcontext())
-    return texts, train.score_translations(model, corpus, "val", n, cfg, mesh, train.nullcontext())
+    return texts, score_translations(model, corpus, "val", n, cfg, mesh, train.nullcontext())
 
 
 def ranks_translate(rank, world, folder, n):
@@ -410,11 +415,12 @@ def test_translation_end_to_end(corpora, tmp_path, capsys):
 
 def test_batches_of_pairs(corpora):
     """An epoch has every pair that fits once, in batches of similar length; the loss counts every target token once."""
-    corpus = train.Corpus(str(corpora["pairs"]))
-    cfg = config(objective="translation", block_size=24, batch_size=4)
+    cfg = config(objective="translation", dataset=str(corpora["pairs"]), block_size=24, batch_size=4)
+    objective = train.open_objective(cfg)
+    corpus = objective.corpus
     seen, spread = Counter(), []
     for step in range(10):
-        batch = train.train_batch(corpus, cfg, step)
+        batch = objective.train_batch(step)
         length = (batch["src"] != corpus.tok.pad).sum(1)
         spread.append(int(length.max() - length.min()))
         for src, x, y in zip(batch["src"].tolist(), batch["x"].tolist(), batch["y"].tolist()):
@@ -424,11 +430,11 @@ def test_batches_of_pairs(corpora):
             assert corpus.tok.decode(y[:-1]) == text.upper()
             seen[text] += 1
     assert sum(seen.values()) == 40 and np.mean(spread) <= 2
-    n = sum(int((b["y"] >= 0).sum()) for b in train.eval_batches(corpus, "test", train.dataclasses.replace(cfg, eval_batches=0)))
+    n = sum(int((b["y"] >= 0).sum()) for b in objective.held_out("test"))
     assert n == corpus.meta["splits"]["test"]["tgt_tokens"] - 2  # less the pair that is too long
     logits = torch.randn(2, 3, 260)
     toy = lambda x, pick: (logits[pick], {})
-    nll, smooth, _, _ = train.forward(toy, dict(x=None, y=torch.tensor([[1, 2, -1], [3, -1, -1]])), label_smoothing=0.1)
+    nll, smooth, _, _, _ = train.task_loss(toy, dict(x=None, y=torch.tensor([[1, 2, -1], [3, -1, -1]])), label_smoothing=0.1)
     log_p = logits.log_softmax(2)[[0, 0, 1], [0, 1, 0]]
     assert torch.allclose(nll, -log_p[range(3), [1, 2, 3]]) and torch.allclose(smooth, 0.9 * nll - 0.1 * log_p.mean(1))
 
@@ -454,6 +460,6 @@ def test_each_node_reads_its_own_domain_in_every_micro_batch(grad_accum):
     cfg = config(batch_size=16, grad_accum=grad_accum, shard_by_domain=True)
     starts = torch.as_tensor(random_starts(corpus, cfg, np.random.default_rng(0), 2))
     for rank in range(4):
-        mesh = types.SimpleNamespace(rank=rank, world=4)
-        rows = torch.cat([part["x"] for part in micro_batches(dict(x=starts), cfg, mesh, "cpu")])
+        mesh = types.SimpleNamespace(rank=rank, world=4, device="cpu")
+        rows = torch.cat([part["y"] for part in micro_batches(dict(y=starts), grad_accum, mesh)])
         assert len(rows) == 4 and ((rows >= 1000) == (rank >= 2)).all(), rank

@@ -19,8 +19,10 @@ import sys
 import tarfile
 import zlib
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import fetch, make_tokenizer, run, write_text
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from data.bpe import make_tokenizer
+from data.download import fetch, run
+from data.files import write_text
 
 URL = "https://codeload.github.com/mlschmitt/classic-books-markdown/tar.gz/refs/heads/main"
 HELD_OUT = {"Charles Dickens/Hard Times.md", "Jane Austen/Persuasion.md",

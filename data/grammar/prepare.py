@@ -15,8 +15,10 @@ Expect    train  50,000 pairs   en  698,785 tokens   de  732,398 tokens
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import TOKENIZERS, make_tokenizer, run, write_pairs
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from data.bpe import TOKENIZERS, make_tokenizer
+from data.download import run
+from data.files import write_pairs
 from grammar import corpus
 
 

@@ -17,8 +17,10 @@ Expect    train  29,000 pairs   en  443,430 tokens   de  458,517 tokens
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import TOKENIZERS, fetch, make_tokenizer, parallel, run, write_pairs
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from data.bpe import TOKENIZERS, make_tokenizer
+from data.download import fetch, parallel, run
+from data.files import write_pairs
 
 URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 FILES = {"train": "train", "val": "val", "test": "test_2016_flickr"}

@@ -15,8 +15,10 @@ Expect    train 1,003,854 bytes    411,599 tokens (bpe)
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import TOKENIZERS, fetch, make_tokenizer, read_text, run, write_text
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from data.bpe import TOKENIZERS, make_tokenizer
+from data.download import fetch, read_text, run
+from data.files import write_text
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -36,8 +36,10 @@ import sysconfig
 import tokenize
 import warnings
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import TOKENIZERS, make_tokenizer, run, write_text
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from data.bpe import TOKENIZERS, make_tokenizer
+from data.download import run
+from data.files import write_text
 
 SKIP = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data", "distutils",
         "ensurepip", "site-packages", "dist-packages", "__pycache__"}

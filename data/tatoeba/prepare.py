@@ -20,8 +20,10 @@ import sys
 import zipfile
 import zlib
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import TOKENIZERS, fetch, make_tokenizer, run, write_pairs
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from data.bpe import TOKENIZERS, make_tokenizer
+from data.download import fetch, run
+from data.files import write_pairs
 
 URL = "http://www.manythings.org/anki/deu-eng.zip"
 

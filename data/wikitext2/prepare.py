@@ -17,8 +17,10 @@ import os
 import re
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import TOKENIZERS, fetch, make_tokenizer, read_text, run, write_text
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from data.bpe import TOKENIZERS, make_tokenizer
+from data.download import fetch, read_text, run
+from data.files import write_text
 
 URL = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
 FILES = {
