@@ -34,6 +34,7 @@ Decisions, each with what was measured (2 CPU cores, gloo) or what went wrong el
 
 Letters: D model width, E experts, M rows (a token sent to k experts is k rows), W ranks.
 """
+
 import os
 import re
 import zipfile
@@ -61,21 +62,23 @@ class EverybodysError(ValueError):
 
 class Back(NamedTuple):
     """What to_tokens needs to bring the rows back."""
-    table: torch.Tensor          # (ep, E) int64 on the device: rows from each rank of the ep group
-    sizes: torch.Tensor | None   # (ep source, ep target, E/ep) the same on the CPU; None when nothing travels
-    link: torch.Tensor | None    # a zero that links the way back to the way there, see AllToAll
+
+    table: torch.Tensor  # (ep, E) int64 on the device: rows from each rank of the ep group
+    sizes: torch.Tensor | None  # (ep source, ep target, E/ep) the same on the CPU; None when nothing travels
+    link: torch.Tensor | None  # a zero that links the way back to the way there, see AllToAll
 
 
 @dataclass(eq=False)
 class Mesh:
     """Where this rank stands. Mesh() is the single process: every method works and changes nothing."""
+
     rank: int = 0
     world: int = 1
-    ep: int = 1                  # ranks that share one set of experts
-    ranks_per_node: int = 1      # real nodes or played ones
+    ep: int = 1  # ranks that share one set of experts
+    ranks_per_node: int = 1  # real nodes or played ones
     device: torch.device = torch.device("cpu")
-    two_level: bool = False      # exchange within nodes first, then between nodes
-    process_groups: dict = field(default_factory=dict)     # "ep", "dp"; "intra", "inter" if ep spans nodes
+    two_level: bool = False  # exchange within nodes first, then between nodes
+    process_groups: dict = field(default_factory=dict)  # "ep", "dp"; "intra", "inter" if ep spans nodes
 
     def __post_init__(self):
         self.main = self.rank == 0
@@ -83,7 +86,7 @@ class Mesh:
         self.node, self.n_nodes = self.rank // self.ranks_per_node, self.world // self.ranks_per_node
 
     def __deepcopy__(self, memo):
-        return self              # process groups cannot be copied, models that hold a mesh can
+        return self  # process groups cannot be copied, models that hold a mesh can
 
     # -- small collectives: every rank calls them, in the same order -----------------------------------------
 
@@ -157,7 +160,7 @@ class Mesh:
         my_counts = sizes[:, self.ep_rank].sum(0)
         sizes = sizes.cpu()
         if torch.is_grad_enabled() and rows.is_floating_point() and not rows.requires_grad:
-            rows = rows.detach().requires_grad_()      # frozen below: take part in backward all the same
+            rows = rows.detach().requires_grad_()  # frozen below: take part in backward all the same
         rows, link = AllToAll.apply(rows, None, sizes, self)
         return rows, my_counts, Back(table, sizes, link)
 
@@ -175,8 +178,9 @@ class Mesh:
         rank, node = peer == self.rank, peer // self.ranks_per_node == self.node
         where = {"rank": rank, "node": node & ~rank, "far": ~node}
         tokens = {name: (sent * mask).sum() for name, mask in where.items()}
-        return ({f"tokens_{name}": n for name, n in tokens.items()}
-                | {f"bytes_{name}": n * row_bytes for name, n in tokens.items()})
+        return {f"tokens_{name}": n for name, n in tokens.items()} | {
+            f"bytes_{name}": n * row_bytes for name, n in tokens.items()
+        }
 
     # -- gradients -------------------------------------------------------------------------------------------
 
@@ -209,7 +213,7 @@ class Mesh:
         params = [p for p in model.parameters() if p.grad is not None]
         dense = get_total_norm([p.grad for p in params if id(p) not in experts]).to(self.device)
         mine = get_total_norm([p.grad for p in params if id(p) in experts]).to(self.device)
-        norm = (dense ** 2 + self.whole(mine.view(1) ** 2).sum()).sqrt()
+        norm = (dense**2 + self.whole(mine.view(1) ** 2).sum()).sqrt()
         if max_norm:
             clip_grads_with_norm_(params, max_norm, norm)
         return norm
@@ -232,12 +236,15 @@ class Mesh:
 
 # -- start ---------------------------------------------------------------------------------------------------
 
+
 def layout(world, n_experts, ep=0, ranks_per_node=0, two_level=False):
     """Checked (ep, ranks per node). The defaults: the largest ep that fits, one node."""
     both = gcd(world, n_experts or 1)
     ep, local = ep or both, ranks_per_node or world
-    for name, n, of, what in (("ep", ep, both, f"{world} ranks and the {n_experts} experts"),
-                              ("ranks_per_node", local, world, f"{world} ranks")):
+    for name, n, of, what in (
+        ("ep", ep, both, f"{world} ranks and the {n_experts} experts"),
+        ("ranks_per_node", local, world, f"{world} ranks"),
+    ):
         if n < 1 or of % n:
             good = ", ".join(str(n) for n in range(1, of + 1) if of % n == 0)
             raise ValueError(f"{name}={n} must divide the {what}: choose from {good}")
@@ -250,8 +257,7 @@ def make_mesh(rank, world, n_experts, ep=0, ranks_per_node=0, device="cpu", two_
     """The mesh on top of an existing process group: every rank builds all groups, in the same order."""
     ep, local = layout(world, n_experts, ep, ranks_per_node, two_level)
     mesh = Mesh(rank, world, ep, local, torch.device(device), two_level)
-    lists = {"ep": [range(s, s + ep) for s in range(0, world, ep)],
-             "dp": [range(s, world, ep) for s in range(ep)]}
+    lists = {"ep": [range(s, s + ep) for s in range(0, world, ep)], "dp": [range(s, world, ep) for s in range(ep)]}
     if ep > local and ep % local == 0:
         lists["intra"] = [range(s, s + local) for s in range(0, world, local)]
         lists["inter"] = [range(s + i, s + ep, local) for s in range(0, world, ep) for i in range(local)]
@@ -280,7 +286,7 @@ def init(n_experts, ep=0, ranks_per_node=0, timeout=600, device=None, two_level=
     rank, world, slot, slots = (int(os.environ[name]) for name in needs[:4])
     ep, local = layout(world, n_experts, ep, ranks_per_node or slots, two_level)
     if gpus >= slots or (gpus and device):
-        device = f"cuda:{slot % gpus}"         # two NCCL ranks cannot share a GPU, two gloo ranks can
+        device = f"cuda:{slot % gpus}"  # two NCCL ranks cannot share a GPU, two gloo ranks can
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
     store, rank, world = next(td.rendezvous("env://", timeout=limit))
@@ -317,9 +323,15 @@ ENDED = "another process of this run has ended: see its message; --init_from=res
 SILENT = "another process did not answer within --timeout: see its message; --init_from=resume continues"
 UNREACHED = "the first process cannot be reached: check MASTER_ADDR and MASTER_PORT, or use torchrun"
 NETWORK_ERRORS = {  # what gloo, NCCL and the store write -> what happened and what to do
-    "connection closed by peer": ENDED, "connection reset by peer": ENDED, "broken pipe": ENDED,
-    "timed out waiting": SILENT, "wait timeout": SILENT, "socket timeout": SILENT,
-    "client socket has timed out": UNREACHED, "client socket has failed": UNREACHED, "failed to connect": UNREACHED,
+    "connection closed by peer": ENDED,
+    "connection reset by peer": ENDED,
+    "broken pipe": ENDED,
+    "timed out waiting": SILENT,
+    "wait timeout": SILENT,
+    "socket timeout": SILENT,
+    "client socket has timed out": UNREACHED,
+    "client socket has failed": UNREACHED,
+    "failed to connect": UNREACHED,
     "server socket has failed": "the port of the first process is taken: choose another MASTER_PORT, or use torchrun",
 }
 
@@ -331,10 +343,11 @@ def speaks(error):
 
 # -- all-to-all ----------------------------------------------------------------------------------------------
 
+
 def swap(x, sizes):
     """Block transpose: x holds A x B blocks of rows, sizes (A, B), b fastest -> the same blocks, a fastest.
 
-        sizes [[2, 1], [1, 3]]:   a0b0 a0b0 a0b1 a1b0 a1b1 a1b1 a1b1  ->  a0b0 a0b0 a1b0 a0b1 a1b1 a1b1 a1b1
+    sizes [[2, 1], [1, 3]]:   a0b0 a0b0 a0b1 a1b0 a1b1 a1b1 a1b1  ->  a0b0 a0b0 a1b0 a0b1 a1b1 a1b1 a1b1
     """
     blocks, n = x.split(sizes.flatten().tolist()), sizes.shape[1]
     return torch.cat([block for b in range(n) for block in blocks[b::n]])
@@ -358,7 +371,7 @@ def exchange(x, c, mesh):
     #   send between nodes     (node, slot)    = in order of source rank, as in the flat exchange
     a, b = divmod(r, m)
     c = c.reshape(mesh.ep // m, m, mesh.ep // m, m)
-    held = c[a, :, :, b]                            # (slot, node')
+    held = c[a, :, :, b]  # (slot, node')
     x = send(swap(x, c[a, b]), c[a, b].sum(0), held.sum(1), mesh.process_groups["intra"])
     return send(swap(x, held), held.sum(0), c[:, :, a, b].sum(1), mesh.process_groups["inter"])
 
@@ -379,6 +392,7 @@ class AllToAll(torch.autograd.Function):
     The first returns a zero, the link, that the second takes in again. It costs nothing and puts both backward
     exchanges on every rank's tape, even where the experts in between return something unconnected (no rows, frozen).
     """
+
     @staticmethod
     def forward(ctx, x, link, sizes, mesh):
         ctx.forth, ctx.back = (to_owners, to_sources) if link is None else (to_sources, to_owners)
@@ -393,6 +407,7 @@ class AllToAll(torch.autograd.Function):
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
+
 
 def expert_ids(model):
     """id() of every tensor of shape (E/ep, ...): parameters and buffers of modules with sharded = True."""
@@ -424,9 +439,14 @@ def full_state(model, optimizer, mesh):
     def full(t, p):
         t = mesh.whole(t) if id(p) in experts and t.shape == p.shape else t
         return t.detach().to("cpu", copy=True)
-    return {"model": {name: full(t, t) for name, t in named_tensors(model).items()},
-            "optimizer": {name: {k: full(t, p) for k, t in optimizer.state[p].items() if torch.is_tensor(t)}
-                          for name, p in named_params(model, optimizer).items()}}
+
+    return {
+        "model": {name: full(t, t) for name, t in named_tensors(model).items()},
+        "optimizer": {
+            name: {k: full(t, p) for k, t in optimizer.state[p].items() if torch.is_tensor(t)}
+            for name, p in named_params(model, optimizer).items()
+        },
+    }
 
 
 def load_state(model, optimizer, state, mesh):
@@ -444,13 +464,21 @@ def load_state(model, optimizer, state, mesh):
         return mesh.part(t) if id(p) in experts and t.shape == shape(p) else t
 
     want = {name: shape(t) for name, t in tensors.items()}
-    want |= {f"{key} of {name}": shape(p) for name, p in params.items()
-             for key in moments.get(name, ["optimizer state"]) if key != "step"}
+    want |= {
+        f"{key} of {name}": shape(p)
+        for name, p in params.items()
+        for key in moments.get(name, ["optimizer state"])
+        if key != "step"
+    }
     have = {name: tuple(t.shape) for name, t in state["model"].items()}
-    have |= {f"{key} of {name}": tuple(t.shape) for name in moments
-             for key, t in moments[name].items() if key != "step"}
-    wrong = [f"{name} is {have.get(name, 'missing')}, here {want.get(name, 'unknown')}"
-             for name in want | have if want.get(name) != have.get(name)]
+    have |= {
+        f"{key} of {name}": tuple(t.shape) for name in moments for key, t in moments[name].items() if key != "step"
+    }
+    wrong = [
+        f"{name} is {have.get(name, 'missing')}, here {want.get(name, 'unknown')}"
+        for name in want | have
+        if want.get(name) != have.get(name)
+    ]
     if wrong:
         more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise ValueError(f"the checkpoint does not fit this model: {'; '.join(wrong[:12])}{more}")
@@ -460,8 +488,11 @@ def load_state(model, optimizer, state, mesh):
             t.copy_(mine(state["model"][name], t))
     if optimizer:
         packed = optimizer.state_dict()
-        packed["state"] = {i: {k: mine(t, p).clone() for k, t in moments[name].items()}
-                           for i, (name, p) in enumerate(params.items()) if moments[name]}
+        packed["state"] = {
+            i: {k: mine(t, p).clone() for k, t in moments[name].items()}
+            for i, (name, p) in enumerate(params.items())
+            if moments[name]
+        }
         optimizer.load_state_dict(packed)
 
 
@@ -471,7 +502,7 @@ def save(path, state):
     OSError, one line, when that fails (disk full, folder not writable). Call on rank 0 only.
     """
     path = Path(path)
-    tmp = path.with_name("saving.tmp")         # always the same name: leftovers of killed runs do not pile up
+    tmp = path.with_name("saving.tmp")  # always the same name: leftovers of killed runs do not pile up
     try:
         with open(tmp, "wb") as file:
             torch.save(state, file)
@@ -480,12 +511,12 @@ def save(path, state):
         os.replace(tmp, path)
         if os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)                   # the rename itself must survive a power cut
+            os.fsync(folder)  # the rename itself must survive a power cut
             os.close(folder)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
-            tmp.unlink(missing_ok=True)        # a full disk needs the space back
-        cause = error                          # torch's zip writer hides a failed write behind a RuntimeError
+            tmp.unlink(missing_ok=True)  # a full disk needs the space back
+        cause = error  # torch's zip writer hides a failed write behind a RuntimeError
         while cause.__context__ and not isinstance(cause, OSError):
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
@@ -501,7 +532,7 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:                 # a damaged file can make its reader raise anything
+    except Exception as error:  # a damaged file can make its reader raise anything
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged: {reason}") from None
 
@@ -518,8 +549,9 @@ def usable(path):
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"{path} is not a checkpoint of train.py")
     if not state["config"] or len(state["model"]) != state["tensors"]:
-        raise ValueError(f"{path} is damaged: {len(state['model'])} of {state['tensors']} tensors, "
-                         f"{len(state['config'])} settings")
+        raise ValueError(
+            f"{path} is damaged: {len(state['model'])} of {state['tensors']} tensors, {len(state['config'])} settings"
+        )
     return state
 
 
@@ -580,8 +612,11 @@ def save_checkpoint(folder, step, model, optimizer, mesh, **more):
 def diverged(what, step, folder):
     """The error that ends a run whose numbers are no longer finite, alike on every rank."""
     saved = checkpoints(folder)
-    last = f"the last good checkpoint is step {int(saved[-1].stem[5:])} (--init_from=resume)" if saved else \
-        "there is no checkpoint yet"
+    last = (
+        f"the last good checkpoint is step {int(saved[-1].stem[5:])} (--init_from=resume)"
+        if saved
+        else "there is no checkpoint yet"
+    )
     return EverybodysError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
 
 

@@ -174,7 +174,7 @@ def gates():
 
 
 def closest(word, words):
-    """" (did you mean ...?)", or nothing."""
+    """ " (did you mean ...?)", or nothing."""
     hit = difflib.get_close_matches(word, words, 1)
     return f" (did you mean {hit[0]}?)" if hit else ""
 
@@ -437,8 +437,19 @@ class DeepSeekV3(Gate):
     sequence; a gate does not see sequences and takes the global batch). Looks ahead: never.
     """
 
-    def __init__(self, D, E, k=2, gamma=0.001, anneal=0.966, balance=1e-4, route_scale=1.0, expert_groups=1,
-                 keep_groups=1, steps=0):
+    def __init__(
+        self,
+        D,
+        E,
+        k=2,
+        gamma=0.001,
+        anneal=0.966,
+        balance=1e-4,
+        route_scale=1.0,
+        expert_groups=1,
+        keep_groups=1,
+        steps=0,
+    ):
         super().__init__(D, E, k)
         fits = expert_groups > 0 and E % expert_groups == 0
         enough = fits and 1 <= keep_groups <= expert_groups and keep_groups * E // expert_groups >= k
@@ -509,7 +520,8 @@ class ExpertChoice(Gate):
     def forward(self, x, ids):
         p = linear(x, self.weight).softmax(1)
         taken = self.place.per_group(
-            lambda p: torch.zeros_like(p).scatter(0, p.topk(self.slots(len(p)), dim=0).indices, 1), p.detach())
+            lambda p: torch.zeros_like(p).scatter(0, p.topk(self.slots(len(p)), dim=0).indices, 1), p.detach()
+        )
         return Routing(p * taken, {}, capacity=self.slots(max(self.place.sizes)))
 
 
@@ -518,8 +530,8 @@ class ExpertChoice(Gate):
 
 
 class DTS(Gate):
-    """EvoMoE's dense-to-sparse gate: starts with all experts, ends with k, and on the way each token has as many as its
-    own scores ask for (Nie et al. 2021, arXiv:2112.14397).
+    """Dense to sparse: from all experts to k, on the way as many as a token's own scores ask for (EvoMoE, Nie et al.
+    2021, arXiv:2112.14397).
 
         y = softmax((x W + s g) / tau),  g ~ Gumbel(0, 1)      no noise at evaluation
         m = y > bar, and always the k largest;  in the end only these
@@ -922,8 +934,19 @@ class LocMoE(Gate):
     per rank would fight locality. Looks ahead: never.
     """
 
-    def __init__(self, D, E, balance=0.01, locality=0.01, eps=0.1, unit_variance=True, relu=False, noise=0.0,
-                 delta=0.0, slots=1.0):
+    def __init__(
+        self,
+        D,
+        E,
+        balance=0.01,
+        locality=0.01,
+        eps=0.1,
+        unit_variance=True,
+        relu=False,
+        noise=0.0,
+        delta=0.0,
+        slots=1.0,
+    ):
         super().__init__(D, E, k=1)
         if D % E:
             raise ValueError(f"--n_experts={E} must divide --n_embd={D}: each expert reads a block of features")
@@ -1457,3 +1480,35 @@ def matching_log_q(logp, z, dist):
     takes a slot at j. If n sits at z_n, taking a slot at j instead costs the others dist[j, z_n]: somebody moves out
     of j, ..., and the last one into the slot that n left. No path to z_n uses row n itself."""
     return (logp - dist.T[z].to(logp)).log_softmax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python router.py
+
+
+def show():
+    """Print G of every gate, in training, for the same eight tokens and four experts; a dot is "not sent"."""
+    torch.manual_seed(2)
+    words = "the cat sat and the dog sat down".split()
+    known = sorted(set(words))
+    ids, vectors = torch.tensor([known.index(word) for word in words]), torch.randn(len(known), 8)
+    vectors[known.index("dog")] = vectors[known.index("cat")] + 0.3 * torch.randn(8)  # cats and dogs are much alike
+    x = vectors[ids] + 0.2 * torch.randn(8, 8)  # a word is not quite the same twice
+    offered = dict(D=8, E=4, V=len(known), counts=ids.bincount(), n_domains=2, steps=100, layer=0, seed=0)
+    print(" " * 10 + "".join(f"{word:>6}" for word in words))
+    for name in gates():
+        for step in (0, 99) if name == "dts" else (0,):
+            torch.manual_seed(1)
+            gate = make_gate(name, **offered)
+            for p in gate.parameters():
+                p.data.normal_()  # an opinion, as after some training
+            gate.set_step(step)
+            G = gate(x, ids, Place(8, domain=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))).G
+            idea = " ".join(gate.__doc__.split())
+            print(f"\n{name}{f' at step {step} of 100' if name == 'dts' else ''}: {idea[: idea.find('(')].rstrip(':, ')}")
+            for e, column in enumerate(G.T.tolist()):
+                print(f"  expert {e}" + "".join(f"{g:6.2f}" if g else "     ." for g in column))
+
+
+if __name__ == "__main__":
+    show()

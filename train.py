@@ -445,8 +445,9 @@ class Log:
     def begin(self):
         run, lines, old = self.run, [], dist.checkpoints(self.run.cfg.out_dir)
         if not run.resumed and old:
-            raise ValueError(f"{run.cfg.out_dir} holds checkpoints of an earlier run ({old[-1].name}): --init_from=resume "
-                             "continues it, another --out_dir starts afresh, or delete them")  # fmt: skip
+            raise ValueError(f"{run.cfg.out_dir} holds checkpoints of an earlier run ({old[-1].name}): continue "
+                             f"it with "
+                             "--init_from=resume, choose another --out_dir, or delete them")  # fmt: skip
         if run.resumed and os.path.exists(self.path):
             with open(self.path, errors="replace") as f:
                 lines = [line for line in f if self.known(line)]
@@ -521,7 +522,9 @@ def resumed(given, mesh):
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
     cfg = configure({**given, "out_dir": out_dir}, old)  # where it was found, not where it was written
     if given.get("init_from") == "resume" and cfg.max_steps < state["step"]:
-        raise ValueError(f"--max_steps={cfg.max_steps}: {path} is already at step {state['step']}; give at least that many")
+        raise ValueError(
+            f"--max_steps={cfg.max_steps}: {path} is already at step {state['step']}; give at least that many"
+        )
     if mesh.main:
         print(f"loaded {path} (step {state['step']})", flush=True)
     return cfg, state
@@ -535,8 +538,8 @@ def from_trained(given, mesh):
     if continues:
         path, state = dist.newest(where, mesh)
         if state["config"]["objective"] != continues:
-            raise ValueError(f"--init_from={where}: {path} is a model for {state['config']['objective']}, fine-tuning needs "
-                             f"--objective={continues}")  # fmt: skip
+            raise ValueError(f"--init_from={where}: {path} is a model for {state['config']['objective']}, fine-tuning "
+                             f"needs --objective={continues}")  # fmt: skip
         fields = {name: state["config"][name] for name in MODEL_FIELDS if name != "objective"}
         fields["n_experts"] = 1 if evomoe.is_dense(state) else fields["n_experts"]
         del state["optimizer"]  # and its step: this run begins with its first
@@ -576,8 +579,9 @@ def set_up(given):
     evomoe.check(cfg)
     rows = cfg.batch_size // cfg.grad_accum
     if cfg.batch_size % (cfg.grad_accum * cfg.groups) or rows % mesh.world:
-        raise ValueError(f"--batch_size={cfg.batch_size} must be divisible by grad_accum * groups = "
-                         f"{cfg.grad_accum * cfg.groups} and grad_accum * processes = {cfg.grad_accum * mesh.world}")  # fmt: skip
+        a, b = cfg.grad_accum * cfg.groups, cfg.grad_accum * mesh.world
+        raise ValueError(f"--batch_size={cfg.batch_size} must be divisible by grad_accum * groups = {a} and by "
+                         f"grad_accum * processes = {b}")  # fmt: skip
     dist.layout(mesh.world, cfg.n_experts, cfg.ep, mesh.ranks_per_node, cfg.two_level)
     if mesh.world > 1:
         mesh = dist.make_mesh(mesh.rank, mesh.world, cfg.n_experts, cfg.ep, mesh.ranks_per_node, mesh.device,
@@ -613,8 +617,10 @@ def assemble(cfg, state, mesh):
               "optimizer" in state)  # fmt: skip
     evomoe.set_step(model, objective.schedule_step(run.first), cfg)
     total, active = model.n_params()
-    run.say(note + f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per "
-            f"token, {cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}")
+    run.say(
+        note + f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per "
+        f"token, {cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}"
+    )
     return run
 
 

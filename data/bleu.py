@@ -10,6 +10,7 @@ over sentences: corpora are joined by adding counts, and BLEU is not a mean over
 
     python data/bleu.py REFERENCES TRANSLATIONS         # two files, line i belongs to line i
 """
+
 import math
 import re
 import sys
@@ -51,7 +52,7 @@ def bleu(counts):
     Summed counts -> BLEU, 0 to 100. The first n without a match counts as half a match, the next as a
     quarter, and so on; no match at all is 0, and so are translations that are all too short to have a 4-gram.
     """
-    c, r, matched, total = counts[0], counts[1], counts[2:2 + ORDER], counts[2 + ORDER:]
+    c, r, matched, total = counts[0], counts[1], counts[2 : 2 + ORDER], counts[2 + ORDER :]
     if not all(total) or not any(matched):
         return 0.0
     log_p, share = 0.0, 1.0

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 
 import tiktoken
 
-TOKENIZERS = ("bpe", "gpt2", "bytes", "auto")      # auto: gpt2 if it can be had, otherwise bpe
+TOKENIZERS = ("bpe", "gpt2", "bytes", "auto")  # auto: gpt2 if it can be had, otherwise bpe
 SPECIALS = ("<|endoftext|>", "<|mask|>", "<|pad|>", "<|bos|>")
 # How text is cut into words before pairs are counted, so that no token spans two words: a contraction's tail,
 # letters, up to three digits, punctuation, space. It is read by two engines, Python's re in training and
@@ -27,6 +27,7 @@ PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_){1,64}|\s{
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Byte-pair encoding (Gage 1994; Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, algorithm 1)
+
 
 def merge(word, pair, new):
     """The ids of `word` with every `pair`, from the left and without overlap, replaced by the id `new`."""
@@ -59,7 +60,7 @@ def train_bpe(texts, size):
     words = [list(word.encode("utf-8", "replace")) for word in counts]
     times = list(counts.values())
 
-    pairs, where = Counter(), defaultdict(set)      # pair -> its count in the text; pair -> words that had it
+    pairs, where = Counter(), defaultdict(set)  # pair -> its count in the text; pair -> words that had it
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += times[i]
@@ -74,9 +75,9 @@ def train_bpe(texts, size):
         if -n != pairs[pair]:
             continue
         if -n < 2:
-            break                                   # a pair seen once teaches nothing
+            break  # a pair seen once teaches nothing
         token = tokens[pair[0]] + tokens[pair[1]]
-        if token not in ranks:                      # else: two ways to the same bytes are the same token
+        if token not in ranks:  # else: two ways to the same bytes are the same token
             ranks[token] = len(tokens)
             tokens.append(token)
         change = Counter()
@@ -97,6 +98,7 @@ def train_bpe(texts, size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
+
 class Tokenizer:
     """
     A tiktoken.Encoding whose last four ids are the special tokens.
@@ -104,13 +106,18 @@ class Tokenizer:
     name: "bpe", "gpt2" or "bytes". tokens: the ordinary tokens (bytes), by rank. pattern: cuts the words.
     Attributes: vocab_size (specials included) and the ids eot, mask, pad, bos.
     """
+
     def __init__(self, name, tokens, pattern=PATTERN):
         self.name, self.tokens = name, tokens
         self.vocab_size = len(tokens) + len(SPECIALS)
         self.specials = {special: len(tokens) + i for i, special in enumerate(SPECIALS)}
         self.eot, self.mask, self.pad, self.bos = self.specials.values()
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, special_tokens=self.specials,
-                                          mergeable_ranks={token: i for i, token in enumerate(tokens)})
+        self.encoding = tiktoken.Encoding(
+            name,
+            pat_str=pattern,
+            special_tokens=self.specials,
+            mergeable_ranks={token: i for i, token in enumerate(tokens)},
+        )
 
     def fingerprint(self):
         """A hash of all tokens: ids of another vocabulary of the same size mean something else."""
@@ -129,9 +136,11 @@ def gpt2_tokenizer():
     """GPT-2's encoding, with <|endoftext|> at its usual 50256 and the other specials behind it."""
     try:
         base = tiktoken.get_encoding("gpt2")
-    except Exception as e:   # whatever tiktoken's HTTP library raises, or its check of the file's hash
-        raise OSError(f"GPT-2's encoding is not on this machine and cannot be fetched ({type(e).__name__}): "
-                      "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bpe") from None
+    except Exception as e:  # whatever tiktoken's HTTP library raises, or its check of the file's hash
+        raise OSError(
+            f"GPT-2's encoding is not on this machine and cannot be fetched ({type(e).__name__}): "
+            "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bpe"
+        ) from None
     return Tokenizer("gpt2", sorted(base._mergeable_ranks, key=base._mergeable_ranks.get), base._pat_str)
 
 
@@ -150,6 +159,8 @@ def make_tokenizer(name, vocab_size, texts):
     if name == "bytes":
         return Tokenizer("bytes", [bytes([i]) for i in range(256)])
     if vocab_size < 256 + len(SPECIALS):
-        raise ValueError(f"--vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIALS)} special "
-                         f"tokens need at least {256 + len(SPECIALS)}")
+        raise ValueError(
+            f"--vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIALS)} special "
+            f"tokens need at least {256 + len(SPECIALS)}"
+        )
     return Tokenizer("bpe", train_bpe(texts, vocab_size - len(SPECIALS)))

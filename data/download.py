@@ -11,6 +11,7 @@ import sys
 import urllib.request
 import zlib
 
+
 def fetch(name, url, args, sha256=None):
     """
     The path of the raw file `name`: in args.data_dir if that is given, otherwise downloaded once to
@@ -39,10 +40,12 @@ def fetch(name, url, args, sha256=None):
                 raise OSError(f"the connection ended after {size:,d} of {int(whole):,d} bytes")
             if sha256 and digest.hexdigest() != sha256:
                 raise OSError(f"its sha256 is {digest.hexdigest()}, not {sha256}")
-            os.replace(partial, path)       # the final name appears only when the file is whole
+            os.replace(partial, path)  # the final name appears only when the file is whole
         except (OSError, ValueError, http.client.HTTPException) as e:
-            raise OSError(f"cannot download {url} to {path} ({e}): put the file there, or name a folder that "
-                          f"holds {name} with --data_dir=FOLDER") from None
+            raise OSError(
+                f"cannot download {url} to {path} ({e}): put the file there, or name a folder that "
+                f"holds {name} with --data_dir=FOLDER"
+            ) from None
         finally:
             if os.path.exists(partial):
                 os.remove(partial)
@@ -68,8 +71,10 @@ def parallel(src_path, tgt_path):
     """
     src, tgt = (read_text(path).rstrip("\n").split("\n") for path in (src_path, tgt_path))
     if len(src) != len(tgt):
-        raise ValueError(f"{src_path} has {len(src):,d} lines but {tgt_path} has {len(tgt):,d}: "
-                         "line i of one must translate line i of the other")
+        raise ValueError(
+            f"{src_path} has {len(src):,d} lines but {tgt_path} has {len(tgt):,d}: "
+            "line i of one must translate line i of the other"
+        )
     pairs = [(s.strip(), t.strip()) for s, t in zip(src, tgt)]
     kept = [(s, t) for s, t in pairs if s and t]
     if len(kept) < len(pairs):
@@ -93,8 +98,13 @@ def run(main, file, doc, **flags):
     for name, default in flags.items():
         choices = default if isinstance(default, tuple) else None
         default = choices[0] if choices else default
-        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices,
-                            help=f"default: {default}" if default != "" else None)
+        parser.add_argument(
+            f"--{name}",
+            type=type(default),
+            default=default,
+            choices=choices,
+            help=f"default: {default}" if default != "" else None,
+        )
     try:
         args = parser.parse_args()
         for name in ("limit", "vocab_size", "code_bytes"):

@@ -31,6 +31,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
+
 @contextlib.contextmanager
 def staging(folder):
     """
@@ -46,7 +47,7 @@ def staging(folder):
         yield tmp
         meta = os.path.join(folder, "meta.json")
         if os.path.exists(meta):
-            os.remove(meta)        # from here to the last line the folder counts as not prepared
+            os.remove(meta)  # from here to the last line the folder counts as not prepared
         for name in sorted(os.listdir(tmp), key=lambda name: name == "meta.json"):
             os.replace(os.path.join(tmp, name), os.path.join(folder, name))
 
@@ -56,7 +57,7 @@ def utf8_len(text):
 
 
 def token_type(vocab_size):
-    return "uint16" if vocab_size <= 2 ** 16 else "uint32"
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def write_tokens(path, tok, texts):
@@ -75,8 +76,13 @@ def write_meta(tmp, tok, **facts):
     if tok.name == "bpe":
         with open(os.path.join(tmp, "vocab.txt"), "w") as f:
             f.writelines(base64.b64encode(token).decode() + "\n" for token in tok.tokens)
-    meta = {"tokenizer": tok.name, "vocab_size": tok.vocab_size, "dtype": token_type(tok.vocab_size),
-            "specials": tok.specials, **facts}
+    meta = {
+        "tokenizer": tok.name,
+        "vocab_size": tok.vocab_size,
+        "dtype": token_type(tok.vocab_size),
+        "specials": tok.specials,
+        **facts,
+    }
     with open(os.path.join(tmp, "meta.json"), "w") as f:
         json.dump(meta, f, indent=1)
 
@@ -93,14 +99,18 @@ def write_text(folder, tok, splits, source):
             for domain, documents in domains.items():
                 lengths, size = write_tokens(os.path.join(tmp, f"{split}.bin"), tok, documents)
                 if not lengths:
-                    raise ValueError(f"the {split} split of domain '{domain}' has no document: "
-                                     "the corpus is too small to hold out a part of it")
+                    raise ValueError(
+                        f"the {split} split of domain '{domain}' has no document: "
+                        "the corpus is too small to hold out a part of it"
+                    )
                 start, end = meta[split]["tokens"], meta[split]["tokens"] + sum(lengths)
                 meta[split]["domains"][domain] = [start, end, size]
                 meta[split]["tokens"] = end
                 meta[split]["bytes"] += size
-                print(f"{split:5s} {domain:12s} {len(lengths):7,d} documents {size:12,d} bytes "
-                      f"{sum(lengths):11,d} tokens {size / sum(lengths):5.2f} bytes per token")
+                print(
+                    f"{split:5s} {domain:12s} {len(lengths):7,d} documents {size:12,d} bytes "
+                    f"{sum(lengths):11,d} tokens {size / sum(lengths):5.2f} bytes per token"
+                )
         write_meta(tmp, tok, kind="text", splits=meta, source=source)
     print(f"wrote {folder}: tokenizer {tok.name}, vocabulary {tok.vocab_size:,d}")
 
@@ -122,15 +132,20 @@ def write_pairs(folder, tok, langs, splits, source):
                 with open(path + ".idx", "wb") as f:
                     f.write(np.cumsum([0] + lengths, dtype=np.int64).tobytes())
                 meta[split] |= {f"{side}_tokens": sum(lengths), f"{side}_bytes": size}
-            print(f"{split:5s} {len(pairs):7,d} pairs   " + "   ".join(
-                f"{lang} {meta[split][side + '_bytes']:10,d} bytes {meta[split][side + '_tokens']:9,d} tokens"
-                for lang, side in zip(langs, ("src", "tgt"))))
+            print(
+                f"{split:5s} {len(pairs):7,d} pairs   "
+                + "   ".join(
+                    f"{lang} {meta[split][side + '_bytes']:10,d} bytes {meta[split][side + '_tokens']:9,d} tokens"
+                    for lang, side in zip(langs, ("src", "tgt"))
+                )
+            )
         write_meta(tmp, tok, kind="translation", langs=list(langs), splits=meta, source=source)
     print(f"wrote {folder}: tokenizer {tok.name}, vocabulary {tok.vocab_size:,d}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
+
 
 def corpus_folder(dataset):
     """The folder that --dataset=NAME means: one under data/, or any other. ValueError, with the names there are."""
@@ -223,16 +238,19 @@ def open_array(path, dtype, length):
 
 def open_tokens(path, meta, length):
     tokens = open_array(path, meta["dtype"], length)
-    step = 1 << 22                                  # a few MB at a time: the file may exceed the memory
-    top = max(int(tokens[i:i + step].max()) for i in range(0, length, step))
+    step = 1 << 22  # a few MB at a time: the file may exceed the memory
+    top = max(int(tokens[i : i + step].max()) for i in range(0, length, step))
     if top >= meta["vocab_size"]:
-        raise ValueError(f"{path} holds token id {top:,d}, beyond the vocabulary of {meta['vocab_size']:,d}: "
-                         + prepare_hint(os.path.dirname(os.path.abspath(path))))
+        raise ValueError(
+            f"{path} holds token id {top:,d}, beyond the vocabulary of {meta['vocab_size']:,d}: "
+            + prepare_hint(os.path.dirname(os.path.abspath(path)))
+        )
     return tokens
 
 
 class Pairs(NamedTuple):
     """Sentence i of a translation split: src[src_idx[i]:src_idx[i + 1]] with its <|endoftext|>; tgt alike."""
+
     src: np.ndarray
     src_idx: np.ndarray
     tgt: np.ndarray
@@ -283,6 +301,8 @@ def load_tokenizer(folder):
             reason = str(e) if type(e) is ValueError else type(e).__name__
             raise ValueError(f"{path} is damaged ({reason}): {prepare_hint(folder)}") from None
     if tok.vocab_size != meta["vocab_size"]:
-        raise ValueError(f"the tokenizer of {folder} has {tok.vocab_size:,d} tokens where meta.json says "
-                         f"{meta['vocab_size']:,d}: {prepare_hint(folder)}")
+        raise ValueError(
+            f"the tokenizer of {folder} has {tok.vocab_size:,d} tokens where meta.json says "
+            f"{meta['vocab_size']:,d}: {prepare_hint(folder)}"
+        )
     return tok

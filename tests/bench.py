@@ -7,10 +7,11 @@ The price of sparsity: time and memory of the MoE layer next to what it could be
     python tests/bench.py --device=cuda                on a GPU, in bf16
     torchrun --nproc_per_node=2 tests/bench.py ranks --device=cuda        the ranks part on several GPUs
 
-Every number is forward and backward in training mode. The contestants of a table take turns, each round gives one ratio to
-the dense FFN of the same round, and the median of the rounds is printed: a machine that is busy with other things slows
-all contestants down alike. Times in ms are the fastest round. Memory is the peak of tensor memory above what was there
-before, weights' gradients included (on a GPU torch's own count; on a CPU added up from the profiler's allocations).
+Every number is forward and backward in training mode. The contestants of a table take turns, each round gives one ratio
+to the dense FFN of the same round, and the median of the rounds is printed: a machine that is busy with other things
+slows all contestants down alike. Times in ms are the fastest round. Memory is the peak of tensor memory above what was
+there before, weights' gradients included (on a GPU torch's own count; on a CPU added up from the profiler's
+allocations).
 
     layer   the MoE layer of this repository (moe), a dense FFN of equal active FLOPs (dense: hidden k * H, same
             activation), a plain loop over experts (loop), the one-hot form of Mesh-TensorFlow with an (N, E, C) mask,
@@ -94,7 +95,10 @@ def peak_memory(fn, device):
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with (
+            quiet(),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        ):
             fn()
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         now = peak = 0
@@ -166,7 +170,13 @@ def mixtral(D, H, E, k):
     except ImportError:
         return None, "mixtral: the package transformers is not installed"
     try:  # its experts have a gate matrix: 3 D H instead of 2 D H, so two thirds of the width for equal FLOPs
-        config = MixtralConfig(hidden_size=D, intermediate_size=2 * H // 3 // 8 * 8, num_local_experts=E, num_experts_per_tok=k, hidden_act="gelu")
+        config = MixtralConfig(
+            hidden_size=D,
+            intermediate_size=2 * H // 3 // 8 * 8,
+            num_local_experts=E,
+            num_experts_per_tok=k,
+            hidden_act="gelu",
+        )
         block = MixtralSparseMoeBlock(config)
         for p in block.parameters():
             nn.init.normal_(p, std=0.02)
@@ -192,20 +202,48 @@ class Peer(nn.Module):
 def moe_layer(gate, D, H, E, k, device):
     torch.manual_seed(0)
     takes_k = "k" in inspect.signature(gates()[gate]).parameters
-    gate = make_gate(gate, k=k if takes_k else 0, D=D, E=E, V=V, layer=0, seed=0, counts=torch.arange(V, 0, -1), n_domains=2, steps=100)
+    gate = make_gate(
+        gate,
+        k=k if takes_k else 0,
+        D=D,
+        E=E,
+        V=V,
+        layer=0,
+        seed=0,
+        counts=torch.arange(V, 0, -1),
+        n_domains=2,
+        steps=100,
+    )
     experts = Experts(E, D, H)
     experts.init(0, 0, 0.02, 0.02)
     return MoE(gate, experts).to(device)
 
 
 def layer_part(a, device, autocast):
-    sizes = [(N, 256, 1024, E, k) for N, E, k in [(8192, 8, 1), (8192, 8, 2), (8192, 64, 1), (8192, 64, 2), (8192, 64, 8), (2048, 8, 2), (32768, 8, 2)]]
+    sizes = [
+        (N, 256, 1024, E, k)
+        for N, E, k in [
+            (8192, 8, 1),
+            (8192, 8, 2),
+            (8192, 64, 1),
+            (8192, 64, 2),
+            (8192, 64, 8),
+            (2048, 8, 2),
+            (32768, 8, 2),
+        ]
+    ]
     sizes += [(4096, 512, 2048, 8, 2), (8192, 64, 256, 8, 2)]
     if a.quick:
         sizes = [(1024, 64, 256, 8, 2), (1024, 64, 256, 32, 1)]
     limit = torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else 4e9
-    print("\nlayer: forward and backward of one feed-forward layer; ratio to the dense FFN of equal active FLOPs (fastest ms, peak MB)\n")
-    print(f"{'N':>6} {'D':>4} {'H':>5} {'E':>3} {'k':>2}   " + "".join(f"{name:>24}" for name in ("dense", "moe", "loop", "onehot", "mixtral")))
+    print(
+        "\nlayer: forward and backward of one feed-forward layer; ratio to the dense FFN of equal active FLOPs "
+        "(fastest ms, peak MB)\n"
+    )
+    print(
+        f"{'N':>6} {'D':>4} {'H':>5} {'E':>3} {'k':>2}   "
+        + "".join(f"{name:>24}" for name in ("dense", "moe", "loop", "onehot", "mixtral"))
+    )
     notes = set()
     for N, D, H, E, k in sizes:
         moe = moe_layer("topk", D, H, E, k, device)
@@ -213,11 +251,16 @@ def layer_part(a, device, autocast):
         dense.init(0, 0, 0.02, 0.02)
         x = torch.randn(N, D, device=device, requires_grad=True)
         layers = {"dense": dense, "moe": Ours(moe), "loop": Loop(moe)}
-        mask = 4 * 4 * N * max(E, 1) * math.ceil(1.3 * k * N / E)  # bytes: the mask, its gradient and two products of it
+        mask = (
+            4 * 4 * N * max(E, 1) * math.ceil(1.3 * k * N / E)
+        )  # bytes: the mask, its gradient and two products of it
         if mask < limit:
             layers["onehot"] = OneHot(moe)
         else:
-            notes.add(f"onehot: not run where its mask and gradients need over {limit / 1e9:.0f} GB; at N={N}, E={E}, k={k} {mask / 1e9:.0f} GB")
+            notes.add(
+                f"onehot: not run where its mask and gradients need over {limit / 1e9:.0f} GB; at N={N}, E={E}, "
+                f"k={k} {mask / 1e9:.0f} GB"
+            )
         block, reason = mixtral(D, H, E, k)
         if block is not None:
             layers["mixtral"] = Peer(block.to(device))
@@ -226,12 +269,20 @@ def layer_part(a, device, autocast):
         fast = {name: run for name, run in runs.items() if name != "onehot"}
         results = race(fast, "dense", a.rounds, device)
         if "onehot" in runs:  # so slow that fewer rounds must do
-            results |= {"onehot": race({"dense": runs["dense"], "onehot": runs["onehot"]}, "dense", max(1, a.rounds // 10), device)["onehot"]}
+            results |= {
+                "onehot": race(
+                    {"dense": runs["dense"], "onehot": runs["onehot"]}, "dense", max(1, a.rounds // 10), device
+                )["onehot"]
+            }
         cells = []
         for name in ("dense", "moe", "loop", "onehot", "mixtral"):
             memory = peak_memory(runs[name], device) if name in runs else None
             ms, ratio = results.get(name, (0, 0))
-            cells.append(f"{ratio:6.2f}x ({ms:6.1f}, {'?' if memory is None else round(memory / 1e6):>5})" if name in results else "-")
+            cells.append(
+                f"{ratio:6.2f}x ({ms:6.1f}, {'?' if memory is None else round(memory / 1e6):>5})"
+                if name in results
+                else "-"
+            )
         print(f"{N:6} {D:4} {H:5} {E:3} {k:2}   " + "".join(f"{cell:>24}" for cell in cells), flush=True)
     for note in sorted(notes):
         print(f"  {note}")
@@ -260,7 +311,8 @@ def step_part(a, device, autocast):
         runs[name], sizes[name] = run, model.n_params()
     for name, (ms, ratio) in race(runs, "dense", a.rounds, device).items():
         memory = peak_memory(runs[name], device)
-        print(f"  {name:10} {sizes[name][0] / 1e6:6.2f} M parameters, {sizes[name][1] / 1e6:5.2f} M active   {ms:7.1f} ms   {ratio:.2f}x"
+        print(f"  {name:10} {sizes[name][0] / 1e6:6.2f} M parameters, {sizes[name][1] / 1e6:5.2f} M active   "
+              f"{ms:7.1f} ms   {ratio:.2f}x"
               f"   peak {'?' if memory is None else round(memory / 1e6)} MB")  # fmt: skip
 
 
@@ -287,17 +339,24 @@ def gates_part(a, device, autocast):
         def whole(layer=layer):
             with autocast():
                 y, aux = layer(x, ids, domain=domain)
-            torch.autograd.grad(total(y, aux), [x, *(p for p in layer.parameters() if p.requires_grad)], allow_unused=True)
+            torch.autograd.grad(
+                total(y, aux), [x, *(p for p in layer.parameters() if p.requires_grad)], allow_unused=True
+            )
 
         result = race({"gate": gate_alone, "layer": whole}, "layer", a.rounds, device)
         rows = int(layer.stats["load"].sum()) / N
-        print(f"  {name:16}{result['gate'][0]:9.2f}{result['layer'][0]:10.1f}{result['gate'][1]:8.1%}{rows:15.2f}", flush=True)
+        print(
+            f"  {name:16}{result['gate'][0]:9.2f}{result['layer'][0]:10.1f}{result['gate'][1]:8.1%}{rows:15.2f}",
+            flush=True,
+        )
 
 
 def rank_steps(rank, world, quick, rounds, mesh=None, device="cpu", autocast=contextlib.nullcontext):
     """Seconds of the fastest and the median step of a small MoE GPT on this rank, and the rows' bytes it sent."""
     mesh = mesh or dist.make_mesh(rank, world, 8)
-    cfg = train.Config(n_layer=2, n_embd=64 if quick else 128, block_size=64, batch_size=16, n_experts=8, gate="topk", k=2)
+    cfg = train.Config(
+        n_layer=2, n_embd=64 if quick else 128, block_size=64, batch_size=16, n_experts=8, gate="topk", k=2
+    )
     model = GPT(cfg, V, partial(feed_forward, cfg, mesh=mesh, V=V)).to(device)
     optimizer = train.make_optimizer(model, cfg)
     x = torch.randint(0, V, (cfg.batch_size, cfg.block_size), generator=torch.Generator().manual_seed(0))
@@ -330,7 +389,10 @@ def ranks_part(a, device, autocast):
         mesh = dist.init(8, device=str(device))
         result = rank_steps(mesh.rank, mesh.world, a.quick, a.rounds, mesh, mesh.device, autocast)
         if mesh.main:
-            print(f"  W {mesh.world}   {1e3 * result[0]:.1f} ms a step   rows {result[2] / 1e6:.2f} MB   gradients {result[3] / 1e6:.2f} MB a rank")
+            print(
+                f"  W {mesh.world}   {1e3 * result[0]:.1f} ms a step   rows {result[2] / 1e6:.2f} MB   gradients "
+                f"{result[3] / 1e6:.2f} MB a rank"
+            )
         return mesh.close()
     if device.type != "cpu":
         print("  on GPUs start with torchrun --nproc_per_node=N tests/bench.py ranks --device=cuda, once for each N")
@@ -339,18 +401,24 @@ def ranks_part(a, device, autocast):
     for W in (1, 2, 4):
         median, fastest, moved, dense = run_ranks(W, rank_steps, a.quick, a.rounds, timeout=600)[0]
         one = one or median
-        print(f"  W {W}   step {median / one:5.2f}x of one process ({1e3 * fastest:6.1f} ms)   rows between ranks {moved / 1e6:6.2f} MB a step"
+        print(f"  W {W}   step {median / one:5.2f}x of one process ({1e3 * fastest:6.1f} ms)   rows between ranks "
+              f"{moved / 1e6:6.2f} MB a step"
               f"   gradients {dense * (W > 1) / 1e6:5.2f} MB a rank", flush=True)  # fmt: skip
-    print(f"  One thread a rank, and all ranks share this machine's {os.cpu_count()} cores: below that number a ratio can fall to 1 / W,\n"
+    print(f"  One thread a rank, and all ranks share this machine's {os.cpu_count()} cores: below that number a "
+          f"ratio can fall to 1 / W,\n"
           "  above it the ranks only take turns. The bytes are what a network would have to carry.")  # fmt: skip
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parts = {"layer": layer_part, "step": step_part, "gates": gates_part, "ranks": ranks_part}
     parser.add_argument("parts", nargs="*", default=[], metavar="PART", help="layer, step, gates, ranks; default: all")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument(
+        "--dtype", default="", choices=["", "float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32"
+    )
     parser.add_argument("--rounds", type=int, default=0, help="default: 15")
     parser.add_argument("--quick", action="store_true", help="small sizes, 5 rounds")
     a = parser.parse_args()
@@ -363,7 +431,11 @@ def main():
     dtype = a.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if dtype == "bfloat16" else contextlib.nullcontext
     if os.environ.get("RANK", "0") == "0":
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        )
         print(f"torch {torch.__version__}, {device.type}: {name}, {dtype}, {a.rounds} rounds")
     for name in a.parts or parts:
         parts[name](a, device, autocast)

@@ -1,4 +1,5 @@
 """run_ranks: a function on W forked processes with a gloo group, in a fraction of a second a launch."""
+
 import sys
 import tempfile
 import time
@@ -6,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch._dynamo            # noqa: F401  AdamW imports it, 3 s: once here instead of once in every child
+import torch._dynamo  # noqa: F401  AdamW imports it, 3 s: once here instead of once in every child
 import torch.distributed as td
 import torch.multiprocessing as mp
 
@@ -14,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def _child(rank, world, folder, timeout, fn, args):
-    torch.set_num_threads(1)    # the parent's OpenMP threads do not survive a fork
-    td.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-                          timeout=timedelta(seconds=timeout))
+    torch.set_num_threads(1)  # the parent's OpenMP threads do not survive a fork
+    td.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+    )
     torch.save(fn(rank, world, *args), f"{folder}/{rank}.pt")
     td.barrier()
     td.destroy_process_group()
@@ -29,8 +31,13 @@ def run_ranks(world, fn, *args, timeout=60):
     must be a module-level function: with a GPU processes are spawned, since CUDA does not survive a fork.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.start_processes(_child, (world, folder, timeout, fn, args), world, join=False,
-                                   start_method="spawn" if torch.cuda.is_available() else "fork")
+        ranks = mp.start_processes(
+            _child,
+            (world, folder, timeout, fn, args),
+            world,
+            join=False,
+            start_method="spawn" if torch.cuda.is_available() else "fork",
+        )
         end = time.time() + timeout
         try:
             while not ranks.join(timeout=max(0.01, end - time.time())):

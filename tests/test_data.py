@@ -2,6 +2,7 @@
 data/: the byte-pair trainer against the textbook's quadratic one, round trips, splits that share nothing, the
 grammar's German, and what damaged files, broken downloads and crashes leave behind. No network.
 """
+
 import ast
 import gzip
 import http.server
@@ -26,8 +27,10 @@ sys.path[:0] = [DATA, os.path.join(DATA, "grammar")]
 from data import bpe, download, files
 import grammar
 
-TEXT = ("the cat sat on the mat, the other cats sat there; don't they? aaaa aaa aaaaaaa 1234 1999\n"
-        "x_y __init__\n    indented\n\n\nStraße, naïve café über 北京 🙂🙂 the the the\n") * 2
+TEXT = (
+    "the cat sat on the mat, the other cats sat there; don't they? aaaa aaa aaaaaaa 1234 1999\n"
+    "x_y __init__\n    indented\n\n\nStraße, naïve café über 北京 🙂🙂 the the the\n"
+) * 2
 
 
 def script(name):
@@ -54,12 +57,13 @@ def sentences(folder, split):
     sides = []
     for ids, idx in ((pairs.src, pairs.src_idx), (pairs.tgt, pairs.tgt_idx)):
         assert all(ids[end - 1] == tok.eot for end in idx[1:])
-        sides.append([tok.decode(ids[a:b - 1]) for a, b in zip(idx, idx[1:])])
+        sides.append([tok.decode(ids[a : b - 1]) for a, b in zip(idx, idx[1:])])
     return list(zip(*sides))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Tokenizers
+
 
 def naive_bpe(text, size):
     """Count all pairs of the whole text anew for every merge."""
@@ -119,8 +123,18 @@ def test_round_trip(name):
     tok, rng = bpe.make_tokenizer(name, 400, [TEXT]), random.Random(0)
     noise = bytes(rng.randrange(256) for _ in range(3000))
     any_character = [chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))) for _ in noise]
-    texts = ["", " ", TEXT, "\r\n\t\x00\x1c\u2028\u0301e\u0301 ½ Ⅷ ١٢ नमस्ते", " " * 5000, "!" * 5000,
-             "_1_a" * 999, noise.decode("latin-1"), noise.decode("utf-8", "replace"), "".join(any_character)]
+    texts = [
+        "",
+        " ",
+        TEXT,
+        "\r\n\t\x00\x1c\u2028\u0301e\u0301 ½ Ⅷ ١٢ नमस्ते",
+        " " * 5000,
+        "!" * 5000,
+        "_1_a" * 999,
+        noise.decode("latin-1"),
+        noise.decode("utf-8", "replace"),
+        "".join(any_character),
+    ]
     for text in texts:
         ids = tok.encode(text)
         assert tok.decode(ids) == text and all(0 <= i < tok.eot for i in ids)
@@ -137,6 +151,7 @@ def test_specials_are_the_last_ids_and_never_come_from_text():
 def test_gpt2_out_of_reach_is_one_line(monkeypatch):
     def offline(name):
         raise RuntimeError("a long story\nof several lines")
+
     monkeypatch.setattr(bpe.tiktoken, "get_encoding", offline)
     with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR.*--tokenizer=bpe") as e:
         bpe.make_tokenizer("gpt2", 0, ())
@@ -146,6 +161,7 @@ def test_gpt2_out_of_reach_is_one_line(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------
 # Corpora
+
 
 @pytest.fixture(scope="module")
 def stdlib(tmp_path_factory):
@@ -216,8 +232,11 @@ def test_shakespeare_is_cut_where_nanogpt_cuts(tmp_path):
 
 
 def test_wikitext_is_cut_into_articles_without_loss():
-    articles = [" \n = One = \n \n text = 1 \n \n = = Part = = \n \n more \n \n",
-                " = Two = \n \n Key : \n W = Wins = \n \n end \n \n", " = Three = \n \n x \n"]
+    articles = [
+        " \n = One = \n \n text = 1 \n \n = = Part = = \n \n more \n \n",
+        " = Two = \n \n Key : \n W = Wins = \n \n end \n \n",
+        " = Three = \n \n x \n",
+    ]
     assert script("wikitext2").articles("".join(articles)) == articles
 
 
@@ -242,8 +261,7 @@ def test_books_hold_out_whole_books(tmp_path, top):
 
 
 def test_multi30k_pairs_lines_and_drops_empty_ones(tmp_path, capsys):
-    texts = {"en": "A dog.\n\nA cat.\r\nTwo\u2028men.\n",
-             "de": "Ein Hund.\nLeer.\nEine Katze.\nZwei Männer.\n"}
+    texts = {"en": "A dog.\n\nA cat.\r\nTwo\u2028men.\n", "de": "Ein Hund.\nLeer.\nEine Katze.\nZwei Männer.\n"}
     for name in ("train", "val", "test_2016_flickr"):
         for lang, text in texts.items():
             (tmp_path / f"{name}.{lang}.gz").write_bytes(gzip.compress(text.encode()))
@@ -279,6 +297,7 @@ def test_tatoeba_has_no_source_in_two_splits(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # The grammar
 
+
 def noun(word, kinds=("person", "animal", "thing", "food", "place")):
     return next(row for kind in kinds for row in grammar.NOUNS[kind] if row[0] == word)
 
@@ -294,15 +313,27 @@ def adjective(word):
     return next(row for rows in grammar.ADJECTIVES.values() for row in rows if row[0] == word)
 
 
-@pytest.mark.parametrize("n, english, german", [
-    (2, "two", "zwei"), (16, "sixteen", "sechzehn"), (17, "seventeen", "siebzehn"),
-    (21, "twenty-one", "einundzwanzig"), (30, "thirty", "dreißig"), (76, "seventy-six", "sechsundsiebzig"),
-    (100, "one hundred", "einhundert"),
-    (342, "three hundred and forty-two", "dreihundertzweiundvierzig"), (1000, "one thousand", "eintausend"),
-    (12005, "twelve thousand and five", "zwölftausendfünf"),
-    (21600, "twenty-one thousand six hundred", "einundzwanzigtausendsechshundert"),
-    (999999, "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
-     "neunhundertneunundneunzigtausendneunhundertneunundneunzig")])
+@pytest.mark.parametrize(
+    "n, english, german",
+    [
+        (2, "two", "zwei"),
+        (16, "sixteen", "sechzehn"),
+        (17, "seventeen", "siebzehn"),
+        (21, "twenty-one", "einundzwanzig"),
+        (30, "thirty", "dreißig"),
+        (76, "seventy-six", "sechsundsiebzig"),
+        (100, "one hundred", "einhundert"),
+        (342, "three hundred and forty-two", "dreihundertzweiundvierzig"),
+        (1000, "one thousand", "eintausend"),
+        (12005, "twelve thousand and five", "zwölftausendfünf"),
+        (21600, "twenty-one thousand six hundred", "einundzwanzigtausendsechshundert"),
+        (
+            999999,
+            "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
+            "neunhundertneunundneunzigtausendneunhundertneunundneunzig",
+        ),
+    ],
+)
 def test_numerals(n, english, german):
     assert grammar.numeral(n) == (english, german)
 
@@ -311,19 +342,23 @@ def test_numerals_differ():
     assert len({grammar.numeral(n)[1] for n in range(1, 20_000)}) == 19_999
 
 
-@pytest.mark.parametrize("det, word, plural, nom, acc, dat", [
-    ("the", "man", False, "der alte Mann", "den alten Mann", "dem alten Mann"),
-    ("the", "woman", False, "die alte Frau", "die alte Frau", "der alten Frau"),
-    ("the", "child", False, "das alte Kind", "das alte Kind", "dem alten Kind"),
-    ("the", "child", True, "die alten Kinder", "die alten Kinder", "den alten Kindern"),
-    ("a", "man", False, "ein alter Mann", "einen alten Mann", "einem alten Mann"),
-    ("a", "woman", False, "eine alte Frau", "eine alte Frau", "einer alten Frau"),
-    ("a", "child", False, "ein altes Kind", "ein altes Kind", "einem alten Kind"),
-    ("this", "horse", False, "dieses alte Pferd", "dieses alte Pferd", "diesem alten Pferd"),
-    ("these", "car", True, "diese alten Autos", "diese alten Autos", "diesen alten Autos"),
-    ("our", "king", False, "unser alter König", "unseren alten König", "unserem alten König"),
-    ("their", "woman", True, "ihre alten Frauen", "ihre alten Frauen", "ihren alten Frauen"),
-    (("two", "zwei"), "apple", True, "zwei alte Äpfel", "zwei alte Äpfel", "zwei alten Äpfeln")])
+@pytest.mark.parametrize(
+    "det, word, plural, nom, acc, dat",
+    [
+        ("the", "man", False, "der alte Mann", "den alten Mann", "dem alten Mann"),
+        ("the", "woman", False, "die alte Frau", "die alte Frau", "der alten Frau"),
+        ("the", "child", False, "das alte Kind", "das alte Kind", "dem alten Kind"),
+        ("the", "child", True, "die alten Kinder", "die alten Kinder", "den alten Kindern"),
+        ("a", "man", False, "ein alter Mann", "einen alten Mann", "einem alten Mann"),
+        ("a", "woman", False, "eine alte Frau", "eine alte Frau", "einer alten Frau"),
+        ("a", "child", False, "ein altes Kind", "ein altes Kind", "einem alten Kind"),
+        ("this", "horse", False, "dieses alte Pferd", "dieses alte Pferd", "diesem alten Pferd"),
+        ("these", "car", True, "diese alten Autos", "diese alten Autos", "diesen alten Autos"),
+        ("our", "king", False, "unser alter König", "unseren alten König", "unserem alten König"),
+        ("their", "woman", True, "ihre alten Frauen", "ihre alten Frauen", "ihren alten Frauen"),
+        (("two", "zwei"), "apple", True, "zwei alte Äpfel", "zwei alte Äpfel", "zwei alten Äpfeln"),
+    ],
+)
 def test_articles_adjectives_and_nouns_agree(det, word, plural, nom, acc, dat):
     phrase = grammar.noun_phrase(det, adjective("old"), noun(word), plural)
     assert phrase.de == dict(nom=nom, acc=acc, dat=dat)
@@ -332,17 +367,27 @@ def test_articles_adjectives_and_nouns_agree(det, word, plural, nom, acc, dat):
 def test_stems_that_change():
     phrase = lambda word: grammar.noun_phrase("a", adjective(word), noun("car")).de["nom"]
     assert [phrase(word) for word in ("expensive", "dark", "clean")] == [
-        "ein teures Auto", "ein dunkles Auto", "ein sauberes Auto"]
+        "ein teures Auto",
+        "ein dunkles Auto",
+        "ein sauberes Auto",
+    ]
     assert grammar.noun_phrase("a", adjective("tired"), noun("uncle")).de["nom"] == "ein müder Onkel"
     assert grammar.noun_phrase("a", None, noun("uncle")).en == "an uncle"
 
 
-@pytest.mark.parametrize("word, german", [
-    ("see", "sehe siehst sieht sehen sehen"), ("find", "finde findest findet finden finden"),
-    ("eat", "esse isst isst essen essen"), ("dance", "tanze tanzt tanzt tanzen tanzen"),
-    ("admire", "bewundere bewunderst bewundert bewundern bewundern"),
-    ("wash", "wasche wäschst wäscht waschen waschen"),
-    ("smile", "lächle lächelst lächelt lächeln lächeln"), ("greet", "grüße grüßt grüßt grüßen grüßen")])
+@pytest.mark.parametrize(
+    "word, german",
+    [
+        ("see", "sehe siehst sieht sehen sehen"),
+        ("find", "finde findest findet finden finden"),
+        ("eat", "esse isst isst essen essen"),
+        ("dance", "tanze tanzt tanzt tanzen tanzen"),
+        ("admire", "bewundere bewunderst bewundert bewundern bewundern"),
+        ("wash", "wasche wäschst wäscht waschen waschen"),
+        ("smile", "lächle lächelst lächelt lächeln lächeln"),
+        ("greet", "grüße grüßt grüßt grüßen grüßen"),
+    ],
+)
 def test_conjugation(word, german):
     assert " ".join(grammar.conjugate(*verb(word)[2:4], who) for who in PERSONS) == german
 
@@ -377,8 +422,15 @@ def test_cases_auxiliaries_and_negation():
     assert grammar.english(follow) == "she did not follow them"
     assert grammar.german(follow) == "sie ist ihnen nicht gefolgt"
     none = grammar.noun_phrase("not a", adjective("red"), noun("apple"))
-    give = grammar.Clause(grammar.pronoun("I"), verb("give"), "want to", dative=grammar.pronoun("he"),
-                          accusative=none, negated=True, kein=True)
+    give = grammar.Clause(
+        grammar.pronoun("I"),
+        verb("give"),
+        "want to",
+        dative=grammar.pronoun("he"),
+        accusative=none,
+        negated=True,
+        kein=True,
+    )
     assert grammar.english(give) == "I do not want to give him a red apple"
     assert grammar.german(give) == "ich will ihm keinen roten Apfel geben"
 
@@ -386,9 +438,9 @@ def test_cases_auxiliaries_and_negation():
 def test_german_is_a_function_of_english():
     pairs = grammar.corpus(2000)
     assert pairs == grammar.corpus(2000) and pairs[:500] == grammar.corpus(500)
-    assert len({en for en, _ in pairs}) == 2000     # corpus raises if one source has two translations
+    assert len({en for en, _ in pairs}) == 2000  # corpus raises if one source has two translations
     assert all(de[0].isupper() and de[-1] == en[-1] and "  " not in en + de for en, de in pairs)
-    assert all(row[0] != row[1] for rows in grammar.VERBS.values() for row in rows)     # the past shows
+    assert all(row[0] != row[1] for rows in grammar.VERBS.values() for row in rows)  # the past shows
 
 
 def test_grammar_holds_out_sources(tmp_path):
@@ -401,6 +453,7 @@ def test_grammar_holds_out_sources(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Damage
+
 
 @pytest.fixture
 def prepared(tmp_path):
@@ -419,22 +472,26 @@ def edit(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
-    (edit("meta.json", lambda b: b[:50]), "meta.json is damaged"),
-    (edit("meta.json", lambda b: b"[]"), "meta.json is damaged"),
-    (edit("meta.json", lambda b: b.replace(b'"dtype"', b'"type"')), "meta.json is damaged"),
-    (lambda folder: (folder / "train.bin").unlink(), "train.bin is missing"),
-    (edit("train.bin", lambda b: b""), "train.bin is empty"),
-    (edit("train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes where meta.json says"),
-    (edit("val.bin", lambda b: b + b[:2]), "val.bin has [0-9,]+ bytes where meta.json says"),
-    (edit("train.bin", lambda b: b[:-2] + b"\x2c\x01"), "token id 300, beyond the vocabulary of 300"),
-    (lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt is missing"),
-    (edit("vocab.txt", lambda b: b[:-9]), "has [0-9,]+ tokens|vocab.txt is damaged"),
-    (edit("vocab.txt", lambda b: b"\xff" + b), "vocab.txt is damaged"),
-    (edit("vocab.txt", lambda b: b.replace(b"\n", b"?\n", 1)), "vocab.txt is damaged"),
-    (edit("vocab.txt", lambda b: b"\n".join(b.split(b"\n")[:-2])), "has 299 tokens where meta.json says 300"),
-    (edit("vocab.txt", lambda b: b"AA==\n" + b[:b[:-1].rindex(b"\n") + 1]), "vocab.txt is damaged")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
+        (edit("meta.json", lambda b: b[:50]), "meta.json is damaged"),
+        (edit("meta.json", lambda b: b"[]"), "meta.json is damaged"),
+        (edit("meta.json", lambda b: b.replace(b'"dtype"', b'"type"')), "meta.json is damaged"),
+        (lambda folder: (folder / "train.bin").unlink(), "train.bin is missing"),
+        (edit("train.bin", lambda b: b""), "train.bin is empty"),
+        (edit("train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes where meta.json says"),
+        (edit("val.bin", lambda b: b + b[:2]), "val.bin has [0-9,]+ bytes where meta.json says"),
+        (edit("train.bin", lambda b: b[:-2] + b"\x2c\x01"), "token id 300, beyond the vocabulary of 300"),
+        (lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt is missing"),
+        (edit("vocab.txt", lambda b: b[:-9]), "has [0-9,]+ tokens|vocab.txt is damaged"),
+        (edit("vocab.txt", lambda b: b"\xff" + b), "vocab.txt is damaged"),
+        (edit("vocab.txt", lambda b: b.replace(b"\n", b"?\n", 1)), "vocab.txt is damaged"),
+        (edit("vocab.txt", lambda b: b"\n".join(b.split(b"\n")[:-2])), "has 299 tokens where meta.json says 300"),
+        (edit("vocab.txt", lambda b: b"AA==\n" + b[: b[:-1].rindex(b"\n") + 1]), "vocab.txt is damaged"),
+    ],
+)
 def test_damaged_corpus_is_one_line(prepared, damage, message):
     everything(prepared)
     damage(prepared)
@@ -452,7 +509,7 @@ def test_translation_index_is_checked(tmp_path):
     tok = bpe.make_tokenizer("bytes", 0, ())
     files.write_pairs(tmp_path, tok, ("en", "de"), {"train": [("a", "bb"), ("ccc", "")]}, "test")
     assert sentences(tmp_path, "train") == [("a", "bb"), ("ccc", "")]
-    np.array([0, 4, 6], np.int64).tofile(tmp_path / "train.src.idx")    # other starts, same end
+    np.array([0, 4, 6], np.int64).tofile(tmp_path / "train.src.idx")  # other starts, same end
     everything(tmp_path)
     for starts in ([0, 6, 6], [0, 2, 5], [1, 2, 6]):
         np.array(starts, np.int64).tofile(tmp_path / "train.src.idx")
@@ -481,11 +538,13 @@ def test_crash_while_writing_leaves_nothing_new(tmp_path, prepared):
 
 def test_crash_while_renaming_leaves_no_meta(prepared, monkeypatch):
     rename, calls = os.replace, []
+
     def replace(a, b):
         calls.append(b)
         if len(calls) == 2:
             raise RuntimeError("the power fails")
         rename(a, b)
+
     monkeypatch.setattr(files.os, "replace", replace)
     tok = bpe.make_tokenizer("bytes", 0, ())
     with pytest.raises(RuntimeError):
@@ -497,10 +556,12 @@ def test_crash_while_renaming_leaves_no_meta(prepared, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # Downloads and the command line
 
+
 @pytest.fixture
 def server(monkeypatch):
     """A local web server: /whole is five bytes, /short promises ten and sends five."""
     monkeypatch.setenv("no_proxy", "*")
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.agent = self.headers["User-Agent"]
@@ -508,8 +569,10 @@ def server(monkeypatch):
             self.send_header("Content-Length", "10" if self.path == "/short" else "5")
             self.end_headers()
             self.wfile.write(b"hello")
+
         def log_message(self, *args):
             pass
+
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield httpd
@@ -523,8 +586,11 @@ def test_download(server, tmp_path):
     assert path == os.path.join(tmp_path, "download", "a.txt") and open(path, "rb").read() == b"hello"
     assert "Mozilla" in server.agent
     assert download.fetch("a.txt", "http://127.0.0.1:1/gone", args, digest) == path, "fetched once"
-    for name, digest, why in (("short", None, "ended after 5 of 10 bytes"), ("whole", "0" * 64, "sha256"),
-                              ("none", None, "404")):
+    for name, digest, why in (
+        ("short", None, "ended after 5 of 10 bytes"),
+        ("whole", "0" * 64, "sha256"),
+        ("none", None, "404"),
+    ):
         with pytest.raises(OSError, match=why) as e:
             download.fetch("b.txt", f"{url}/{name}", args, digest)
         message = str(e.value)
@@ -547,12 +613,16 @@ def prepare(folder, name, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name, arguments, message", [
-    ("multi30k", ["--pair=en-es"], "en-es.*en-de.*fr-en"),
-    ("stdlib", ["--tokeniser=bpe"], "--tokeniser=bpe"),
-    ("grammar", ["--vocab_size=12", "--pairs=5", "--held_out=5"], "--vocab_size=12 is too small"),
-    ("grammar", ["--pairs=-5"], "--pairs=-5"),
-    ("shakespeare", ["--data_dir=nowhere"], "input.txt is missing")])
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("multi30k", ["--pair=en-es"], "en-es.*en-de.*fr-en"),
+        ("stdlib", ["--tokeniser=bpe"], "--tokeniser=bpe"),
+        ("grammar", ["--vocab_size=12", "--pairs=5", "--held_out=5"], "--vocab_size=12 is too small"),
+        ("grammar", ["--pairs=-5"], "--pairs=-5"),
+        ("shakespeare", ["--data_dir=nowhere"], "input.txt is missing"),
+    ],
+)
 def test_user_errors_are_one_line(tmp_path, name, arguments, message):
     done = prepare(tmp_path, name, *arguments)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and re.search(message, done.stderr)
@@ -562,6 +632,7 @@ def test_user_errors_are_one_line(tmp_path, name, arguments, message):
 def test_script_runs_from_any_folder(tmp_path):
     done = prepare(tmp_path, "grammar", "--pairs=200", "--held_out=20", "--tokenizer=bytes")
     assert done.returncode == 0 and done.stderr == ""
-    files = {f"{split}.{rest}" for split in ("train", "val", "test")
-             for rest in ("src.bin", "src.idx", "tgt.bin", "tgt.idx")}
+    files = {
+        f"{split}.{rest}" for split in ("train", "val", "test") for rest in ("src.bin", "src.idx", "tgt.bin", "tgt.idx")
+    }
     assert set(os.listdir(tmp_path / "out")) == files | {"meta.json"}

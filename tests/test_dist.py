@@ -5,6 +5,7 @@ The model is a minimal MoE written here, so that these tests need no other file.
 float64 with one process on the whole batch; then the same comparison must fail for each of a list of seeded
 bugs (MUTANTS), which shows that it can.
 """
+
 import os
 import signal
 import subprocess
@@ -25,19 +26,20 @@ from ranks import run_ranks
 import dist
 from dist import Mesh, make_mesh
 
-E, D, H, K, V, STEPS, MICRO, N = 8, 6, 5, 2, 11, 12, 2, 24       # N tokens in a global micro-batch
-LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]       # (W, ep)
+E, D, H, K, V, STEPS, MICRO, N = 8, 6, 5, 2, 11, 12, 2, 24  # N tokens in a global micro-batch
+LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (W, ep)
 
 
 # -- a minimal MoE -----------------------------------------------------------------------------------------
+
 
 class Experts(nn.Module):
     sharded = True
 
     def __init__(self, mesh):
         super().__init__()
-        self.w1 = nn.Parameter(mesh.part(torch.randn(E, D, H) / D ** 0.5))
-        self.w2 = nn.Parameter(mesh.part(torch.randn(E, H, D) / H ** 0.5))
+        self.w1 = nn.Parameter(mesh.part(torch.randn(E, D, H) / D**0.5))
+        self.w2 = nn.Parameter(mesh.part(torch.randn(E, H, D) / H**0.5))
         self.register_buffer("age", mesh.part(torch.arange(E).float()))
 
     def forward(self, rows, counts):
@@ -60,7 +62,7 @@ class MoE(nn.Module):
         rows = self.mesh.to_tokens(self.experts(rows, mine), back)
         load, tokens = self.mesh.all_reduce(counts), self.mesh.all_reduce(torch.tensor(len(x)))
         switch = E * (load / load.sum() * probs.sum(0) / tokens).sum()  # linear: this rank's share
-        total = self.mesh.sum(G.sum(0))                                 # not linear: needs the global sum
+        total = self.mesh.sum(G.sum(0))  # not linear: needs the global sum
         y = torch.zeros_like(x).index_add(0, n, rows * G[n, e, None])
         return y, switch, total.var() / total.mean() ** 2
 
@@ -71,8 +73,8 @@ class Net(nn.Module):
         torch.manual_seed(1)
         self.inp, self.head = nn.Linear(D, D), nn.Linear(D, V)
         self.layers = nn.ModuleList([MoE(mesh), MoE(mesh)])
-        self.idle = nn.Parameter(torch.ones(3))           # no gradient on any rank
-        self.rare = nn.Parameter(torch.ones(D))           # a gradient on some ranks only
+        self.idle = nn.Parameter(torch.ones(3))  # no gradient on any rank
+        self.rare = nn.Parameter(torch.ones(D))  # a gradient on some ranks only
         self.register_buffer("temperature", torch.tensor(2.0))
 
     def forward(self, x):
@@ -91,7 +93,7 @@ def batch(step, dtype=torch.float64):
     x, y = torch.randn(MICRO, N, D, generator=g, dtype=dtype), torch.randint(0, V, (MICRO, N), generator=g)
     x[:, 0, 0] = 10.0
     y[torch.rand(MICRO, N, generator=g) < torch.linspace(0, 1.3, N)] = -1
-    y[:, -N // 4:] = -1
+    y[:, -N // 4 :] = -1
     return x, y
 
 
@@ -121,7 +123,7 @@ def train_step(model, opt, mesh, step, dtype=torch.float64, micro=MICRO, after_s
     mesh.sync_grads(model)
     if after_sync:
         after_sync(model)
-    norm = mesh.clip_grad_norm(model, 0.1)            # always clips
+    norm = mesh.clip_grad_norm(model, 0.1)  # always clips
     opt.step()
     return torch.stack(logits), mesh.all_reduce(loss), norm
 
@@ -136,6 +138,7 @@ def record(mesh, steps=STEPS):
         for n, p in model.named_parameters():
             g = torch.zeros_like(p) if p.grad is None else p.grad
             grads[n] = (mesh.whole(g) if id(p) in experts else g).clone()
+
     for step in range(steps):
         logits, loss, norm = train_step(model, opt, mesh, step, after_sync=keep if step == 0 else None)
         seen["loss"].append(loss)
@@ -169,14 +172,26 @@ def parity(rank, world, steps, one, ep, local=0, two_level=False, mutant=None):
     for k in ("router", "expert", "dense"):
         out[k] = largest((grads1[n], grads[n]) for n in grads if kind[n] == k)
     out["params"] = largest((state1["model"][n], state["model"][n]) for n in grads)
-    out["moments"] = largest((t, state["optimizer"][n].get(k, torch.zeros(())))
-                             for n in grads for k, t in state1["optimizer"].get(n, {}).items())
+    out["moments"] = largest(
+        (t, state["optimizer"][n].get(k, torch.zeros(())))
+        for n in grads
+        for k, t in state1["optimizer"].get(n, {}).items()
+    )
     return out
 
 
-@pytest.mark.parametrize("world, ep, local, two_level", [
-    (2, 1, 0, False), (2, 2, 0, False), (4, 1, 0, False), (4, 2, 0, False), (4, 4, 0, False), (4, 4, 2, True),
-    (8, 4, 2, True)])
+@pytest.mark.parametrize(
+    "world, ep, local, two_level",
+    [
+        (2, 1, 0, False),
+        (2, 2, 0, False),
+        (4, 1, 0, False),
+        (4, 2, 0, False),
+        (4, 4, 0, False),
+        (4, 4, 2, True),
+        (8, 4, 2, True),
+    ],
+)
 def test_equals_one_process(world, ep, local, two_level):
     """First step: logits, gradients of router, experts and the rest. Losses, norms, weights of 12 steps."""
     steps = STEPS if world < 8 else 2
@@ -186,12 +201,14 @@ def test_equals_one_process(world, ep, local, two_level):
 
 # -- seeded bugs: the comparison above must fail for each --------------------------------------------------
 
+
 def on_reduce(mesh, group, change):
     """Every all_reduce over that group goes wrong: change(tensor, the real all_reduce)."""
     real = td.all_reduce
 
     def wrong(t, group=None):
         change(t, lambda t: real(t, group=group)) if group is chosen else real(t, group=group)
+
     chosen = mesh.process_groups.get(group)
     return patch.object(td, "all_reduce", wrong)
 
@@ -206,6 +223,7 @@ def on_sync(change, before=False):
         keep = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in dense]
         real(self, model)
         change(self, model, dense, keep, missing)
+
     return patch.object(Mesh, "sync_grads", wrong)
 
 
@@ -222,13 +240,15 @@ def scale_experts(model, by):
 
 def clip_with(square):
     """A clip whose norm is wrong: square(mesh, sum of squares of this rank's experts)."""
+
     def wrong(self, model, max_norm):
         experts = dist.expert_ids(model)
-        dense = sum((p.grad ** 2).sum() for p in model.parameters() if id(p) not in experts)
-        mine = sum((p.grad ** 2).sum() for p in model.parameters() if id(p) in experts)
+        dense = sum((p.grad**2).sum() for p in model.parameters() if id(p) not in experts)
+        mine = sum((p.grad**2).sum() for p in model.parameters() if id(p) in experts)
         norm = (dense + square(self, mine)).sqrt()
         nn.utils.clip_grads_with_norm_(list(model.parameters()), max_norm, norm)
         return norm
+
     return patch.object(Mesh, "clip_grad_norm", wrong)
 
 
@@ -249,35 +269,46 @@ def no_way(ctx, grad, link, real):
 
 
 real_send, real_part, real_exchange, real_reduce = dist.send, Mesh.part, dist.exchange, Mesh.all_reduce
-MUTANTS = {     # name: (the part of the comparison that must show it, the bug)
+MUTANTS = {  # name: (the part of the comparison that must show it, the bug)
     "experts not summed over replicas": ("expert", lambda m: on_reduce(m, "dp", lambda t, real: None)),
-    "experts averaged over replicas": ("expert", lambda m: on_reduce(
-        m, "dp", lambda t, real: (real(t), t.div_(m.dp)))),
-    "experts summed too often": ("expert", lambda m: on_sync(
-        lambda s, model, *_: scale_experts(model, s.ep))),
-    "experts divided by ep": ("expert", lambda m: on_sync(
-        lambda s, model, *_: scale_experts(model, 1 / s.ep))),
-    "dense gradients averaged": ("router", lambda m: on_sync(
-        lambda s, model, dense, *_: set_grads(dense, [p.grad / s.world for p in dense]))),
-    "dense gradients not summed": ("router", lambda m: on_sync(
-        lambda s, model, dense, keep, _: set_grads(dense, keep))),
-    "missing gradients stay missing": ("params", lambda m: on_sync(
-        lambda s, model, dense, keep, missing: set_grads(missing, [None] * len(missing)))),
+    "experts averaged over replicas": ("expert", lambda m: on_reduce(m, "dp", lambda t, real: (real(t), t.div_(m.dp)))),
+    "experts summed too often": ("expert", lambda m: on_sync(lambda s, model, *_: scale_experts(model, s.ep))),
+    "experts divided by ep": ("expert", lambda m: on_sync(lambda s, model, *_: scale_experts(model, 1 / s.ep))),
+    "dense gradients averaged": (
+        "router",
+        lambda m: on_sync(lambda s, model, dense, *_: set_grads(dense, [p.grad / s.world for p in dense])),
+    ),
+    "dense gradients not summed": (
+        "router",
+        lambda m: on_sync(lambda s, model, dense, keep, _: set_grads(dense, keep)),
+    ),
+    "missing gradients stay missing": (
+        "params",
+        lambda m: on_sync(lambda s, model, dense, keep, missing: set_grads(missing, [None] * len(missing))),
+    ),
     "clip per rank": ("moments", lambda m: clip_with(lambda s, square: square)),
     "clip counts replicas": ("moments", lambda m: clip_with(lambda s, square: s.all_reduce(square))),
     "clip leaves experts out": ("moments", lambda m: clip_with(lambda s, square: square * 0)),
-    "swapped splits": ("crash", lambda m: patch.object(
-        dist, "send", lambda x, to, frm, group: real_send(x, frm, to, group))),
+    "swapped splits": (
+        "crash",
+        lambda m: patch.object(dist, "send", lambda x, to, frm, group: real_send(x, frm, to, group)),
+    ),
     "no block transpose": ("logits", lambda m: patch.object(dist, "swap", lambda x, sizes: x)),
-    "transpose on one way only": ("logits", lambda m: patch.object(
-        dist, "to_owners", lambda x, sizes, mesh: real_exchange(x, sizes.sum(2), mesh))),
+    "transpose on one way only": (
+        "logits",
+        lambda m: patch.object(dist, "to_owners", lambda x, sizes, mesh: real_exchange(x, sizes.sum(2), mesh)),
+    ),
     "backward goes the same way": ("crash", lambda m: backward_with(same_way)),
     "backward brings nothing": ("dense", lambda m: backward_with(no_way)),
     "auxiliary loss from local load": ("router", lambda m: patch.object(Mesh, "sum", lambda s, t: t)),
-    "mean of means": ("dense", lambda m: patch.object(
-        Mesh, "all_reduce", lambda s, t: real_reduce(s, t) if t.dim() else t.detach() * s.world)),
-    "another rank's experts": ("logits", lambda m: patch.object(
-        Mesh, "part", lambda s, t: real_part(s, t.roll(len(t) // s.ep, 0)))),
+    "mean of means": (
+        "dense",
+        lambda m: patch.object(Mesh, "all_reduce", lambda s, t: real_reduce(s, t) if t.dim() else t.detach() * s.world),
+    ),
+    "another rank's experts": (
+        "logits",
+        lambda m: patch.object(Mesh, "part", lambda s, t: real_part(s, t.roll(len(t) // s.ep, 0))),
+    ),
 }
 
 
@@ -293,6 +324,7 @@ def test_seeded_bug_is_caught(mutant):
 
 
 # -- all-to-all --------------------------------------------------------------------------------------------
+
 
 def random_counts(world, seed):
     """(world, E) row counts; some ranks send nothing, some experts get nothing, seed 0: nothing at all."""
@@ -310,31 +342,34 @@ def all_to_all(rank, world, ep, local):
     base, n = rank - flat.ep_rank, E // ep
     for seed in range(30 if world == 4 else 8):
         c, g = random_counts(world, seed)
-        shape = (seed % 3 + 1,) * (seed % 3)                              # rows of 0, 1 and 2 more dimensions
+        shape = (seed % 3 + 1,) * (seed % 3)  # rows of 0, 1 and 2 more dimensions
         xs = [torch.randn(int(s), *shape, generator=g) for s in c.sum(1)]
         ys = [torch.randn(int(s), *shape, generator=g) for s in c.sum(1)]
         got = []
         for mesh in (flat, deep):
             x = xs[rank].clone().requires_grad_()
             rows, counts, back = mesh.to_experts(x, c[rank])
-            blocks = [xs[s].split(c[s].tolist())[e] for e in range(flat.ep_rank * n, (flat.ep_rank + 1) * n)
-                      for s in range(base, base + ep)]                    # by my expert, then by source rank
+            blocks = [
+                xs[s].split(c[s].tolist())[e]
+                for e in range(flat.ep_rank * n, (flat.ep_rank + 1) * n)
+                for s in range(base, base + ep)
+            ]  # by my expert, then by source rank
             assert torch.equal(rows, torch.cat(blocks))
-            assert torch.equal(counts, c[base:base + ep, flat.ep_rank * n:(flat.ep_rank + 1) * n].sum(0))
-            assert torch.equal(back.table, c[base:base + ep])
+            assert torch.equal(counts, c[base : base + ep, flat.ep_rank * n : (flat.ep_rank + 1) * n].sum(0))
+            assert torch.equal(back.table, c[base : base + ep])
             there = mesh.to_experts(ys[rank], c[rank])[0].detach()
-            rows.backward(there)                                                # adjoint = inverse
+            rows.backward(there)  # adjoint = inverse
             assert torch.equal(x.grad, ys[rank])
             y = there.clone().requires_grad_()
             home = mesh.to_tokens(y, back)
             home.backward(xs[rank])
             assert torch.equal(home, ys[rank]) and torch.equal(y.grad, rows)
             dot = torch.stack([(rows.detach() * there).sum(), (x.detach() * ys[rank]).sum()]).double()
-            dot = mesh.all_reduce(dot)                                          # <A x, A y> = <x, y>
+            dot = mesh.all_reduce(dot)  # <A x, A y> = <x, y>
             assert abs(dot[0] - dot[1]) < 1e-4
             got.append((rows, home, x.grad, y.grad))
         assert all(torch.equal(a, b) for a, b in zip(*got))
-    for dtype in (torch.bfloat16, torch.int64):                               # other types travel as they are
+    for dtype in (torch.bfloat16, torch.int64):  # other types travel as they are
         x = torch.arange(int(c[rank].sum())).to(dtype)
         rows, _, back = deep.to_experts(x, c[rank])
         assert rows.dtype == dtype and torch.equal(deep.to_tokens(rows, back), x)
@@ -356,7 +391,7 @@ def stepping_out(rank, world, link):
     mesh = make_mesh(rank, world, E)
     x = torch.ones(3, D, requires_grad=rank > 0)
     counts = torch.zeros(E, dtype=torch.long)
-    counts[0] = 3                                             # everything to rank 0
+    counts[0] = 3  # everything to rank 0
     w = torch.tensor(2.0, requires_grad=True)
     rows, mine, back = mesh.to_experts(x, counts)
     y = rows * w if len(rows) else torch.zeros(0, D)
@@ -369,38 +404,39 @@ def stepping_out(rank, world, link):
 
 def test_every_rank_takes_part_in_backward():
     assert run_ranks(2, stepping_out, True, timeout=20)[0] == 2 * 3 * D
-    with pytest.raises(Exception):                            # without the link it hangs: the test can fail
+    with pytest.raises(Exception):  # without the link it hangs: the test can fail
         run_ranks(2, stepping_out, False, timeout=2)
 
 
 # -- small collectives, gradients --------------------------------------------------------------------------
 
+
 def collectives(rank, world):
     mesh = make_mesh(rank, world, E, 4, 2)
     x = torch.tensor([0.1 * (rank + 1), 1e8 + rank], requires_grad=True)
     s = mesh.sum(x)
-    (s ** 2).sum().backward()
-    assert torch.equal(x.grad, 2 * s.detach())                # as if only this rank's term varied
+    (s**2).sum().backward()
+    assert torch.equal(x.grad, 2 * s.detach())  # as if only this rank's term varied
     assert mesh.any(rank == 2) is True and mesh.any(False) is False
     assert mesh.any(torch.tensor([False, rank == 1]))
     assert mesh.all_reduce(torch.tensor(rank)) == 6
     assert mesh.all_reduce(torch.tensor(float("nan") if rank == 1 else 0.0)).isnan()
     assert mesh.from_main({"path": rank}) == {"path": 0} and mesh.from_all(rank * 3) == [3 * r for r in range(world)]
     whole = torch.arange(E * 3.0).view(E, 3)
-    assert torch.equal(mesh.part(whole), whole[2 * rank:2 * rank + 2])
+    assert torch.equal(mesh.part(whole), whole[2 * rank : 2 * rank + 2])
     assert torch.equal(mesh.whole(mesh.part(whole)), whole)
     assert (mesh.main, mesh.node, mesh.n_nodes, mesh.dp) == (rank == 0, rank // 2, 2, 1)
     c, _ = random_counts(world, 5)
     _, _, back = mesh.to_experts(torch.zeros(int(c[rank].sum()), D), c[rank])
     t = mesh.traffic(back.table, 4 * D)
     to = c[rank].view(4, 2).sum(1)
-    near = rank ^ 1                                           # the other rank of my node
+    near = rank ^ 1  # the other rank of my node
     want = {"rank": to[rank], "node": to[near], "far": to.sum() - to[rank] - to[near]}
     assert all(t[f"tokens_{k}"] == n and t[f"bytes_{k}"] == n * 4 * D for k, n in want.items())
     model, _ = make(mesh, torch.float32)
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan") if rank == 1 and p is model.layers[0].experts.w1 else 1.0)
-    assert mesh.clip_grad_norm(model, 1.0).isnan()            # on every rank: all skip the step, or none
+    assert mesh.clip_grad_norm(model, 1.0).isnan()  # on every rank: all skip the step, or none
     mesh.barrier()
     return s.detach()
 
@@ -433,7 +469,7 @@ def test_clip_matches_torch_and_zero_only_measures():
     model, opt = make(Mesh())
     model(batch(0)[0][0])[0].sum().backward()
     Mesh().sync_grads(model)
-    assert model.idle.grad.eq(0).all()                        # None became zeros, in one process as well
+    assert model.idle.grad.eq(0).all()  # None became zeros, in one process as well
     before = [p.grad.clone() for p in model.parameters()]
     norm = Mesh().clip_grad_norm(model, 0)
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters()))
@@ -443,33 +479,43 @@ def test_clip_matches_torch_and_zero_only_measures():
 
 def test_single_process_is_the_identity():
     from copy import deepcopy
+
     mesh, x, c = Mesh(), torch.randn(5, D, requires_grad=True), torch.tensor([2, 0, 3])
     rows, counts, back = mesh.to_experts(x, c)
     assert rows is x and counts is c and mesh.to_tokens(rows, back) is x
     assert all(f(x) is x for f in (mesh.sum, mesh.whole, mesh.part)) and torch.equal(mesh.all_reduce(x), x)
     assert mesh.any(True) and not mesh.any(False) and mesh.from_main(7) == 7 and deepcopy(mesh) is mesh
-    assert mesh.traffic(back.table, 2) == dict(tokens_rank=5, tokens_node=0, tokens_far=0,
-                                               bytes_rank=10, bytes_node=0, bytes_far=0)
+    assert mesh.traffic(back.table, 2) == dict(
+        tokens_rank=5, tokens_node=0, tokens_far=0, bytes_rank=10, bytes_node=0, bytes_far=0
+    )
     mesh.barrier()
     mesh.close()
 
 
 # -- start -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("world, args, message", [
-    (4, dict(ep=3), "ep=3 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
-    (6, dict(ep=6), "ep=6 must divide the 6 ranks and the 8 experts: choose from 1, 2"),
-    (4, dict(ep=-2), "ep=-2 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
-    (1, dict(ep=2), "ep=2 must divide the 1 ranks and the 8 experts: choose from 1"),
-    (6, dict(ranks_per_node=4), "ranks_per_node=4 must divide the 6 ranks: choose from 1, 2, 3, 6"),
-    (6, dict(ep=2, ranks_per_node=3, two_level=True), "two_level needs ep=2 to be a multiple or a divisor of "
-                                                      "ranks_per_node=3")])
+
+@pytest.mark.parametrize(
+    "world, args, message",
+    [
+        (4, dict(ep=3), "ep=3 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
+        (6, dict(ep=6), "ep=6 must divide the 6 ranks and the 8 experts: choose from 1, 2"),
+        (4, dict(ep=-2), "ep=-2 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
+        (1, dict(ep=2), "ep=2 must divide the 1 ranks and the 8 experts: choose from 1"),
+        (6, dict(ranks_per_node=4), "ranks_per_node=4 must divide the 6 ranks: choose from 1, 2, 3, 6"),
+        (
+            6,
+            dict(ep=2, ranks_per_node=3, two_level=True),
+            "two_level needs ep=2 to be a multiple or a divisor of ranks_per_node=3",
+        ),
+    ],
+)
 def test_layout_errors_come_before_any_communication(monkeypatch, world, args, message):
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, str(world))
-    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")      # would fail, slowly, if it were used
+    monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")  # would fail, slowly, if it were used
     with pytest.raises(ValueError) as error:
         dist.init(8, device="cpu", **args)
     assert str(error.value) == message
@@ -513,6 +559,7 @@ def test_torchrun_restarts_after_a_killed_worker(tmp_path):
 
 # -- checkpoints -------------------------------------------------------------------------------------------
 
+
 def same(a, b):
     if not isinstance(a, dict):
         return torch.equal(a, b)
@@ -540,16 +587,18 @@ def read_checkpoints(rank, world, folder):
         state = dist.load(f"{folder}/{w0}_{ep0}.pt")
         dist.load_state(model, opt, state, mesh)
         w1, n, r = "layers.1.experts.w1", E // ep, mesh.ep_rank
-        assert torch.equal(model.layers[1].experts.w1, state["model"][w1][r * n:(r + 1) * n])
-        assert torch.equal(opt.state[model.layers[1].experts.w1]["exp_avg_sq"],
-                           state["optimizer"][w1]["exp_avg_sq"][r * n:(r + 1) * n])
-        assert torch.equal(model.layers[0].experts.age, torch.arange(E)[r * n:(r + 1) * n].double())
+        assert torch.equal(model.layers[1].experts.w1, state["model"][w1][r * n : (r + 1) * n])
+        assert torch.equal(
+            opt.state[model.layers[1].experts.w1]["exp_avg_sq"],
+            state["optimizer"][w1]["exp_avg_sq"][r * n : (r + 1) * n],
+        )
+        assert torch.equal(model.layers[0].experts.age, torch.arange(E)[r * n : (r + 1) * n].double())
         assert same(dist.full_state(model, opt, mesh), state)
         if (w0, ep0) in ((1, 1), (4, 2)):
             train_step(model, opt, mesh, 2, micro=1)
             after, want = dist.full_state(model, opt, mesh), torch.load(f"{folder}/after.pt")
             assert largest((after["model"][n], t) for n, t in want["model"].items()) < 1e-12
-            assert same(dist.load(f"{folder}/{w0}_{ep0}.pt"), state)    # the step did not write into it
+            assert same(dist.load(f"{folder}/{w0}_{ep0}.pt"), state)  # the step did not write into it
 
 
 def test_reshard_every_ordered_pair_of_layouts(tmp_path):
@@ -588,17 +637,21 @@ def test_load_state_names_every_mismatch():
     with pytest.raises(ValueError) as error:
         dist.load_state(model, opt, state, Mesh())
     text = str(error.value)
-    for part in ("idle is missing, here (3,)", "extra is (3,), here unknown",
-                 f"head.weight is (3, {D}), here ({V}, {D})", "optimizer state of rare is missing",
-                 f"exp_avg of extra is ({D},), here unknown",
-                 f"exp_avg of inp.bias is (2,), here ({D},)"):
+    for part in (
+        "idle is missing, here (3,)",
+        "extra is (3,), here unknown",
+        f"head.weight is (3, {D}), here ({V}, {D})",
+        "optimizer state of rare is missing",
+        f"exp_avg of extra is ({D},), here unknown",
+        f"exp_avg of inp.bias is (2,), here ({D},)",
+    ):
         assert part in text, text
-    assert "\n" not in text and same(dist.full_state(model, opt, Mesh()), before)       # nothing was changed
+    assert "\n" not in text and same(dist.full_state(model, opt, Mesh()), before)  # nothing was changed
 
 
 def test_a_new_optimizer_and_frozen_parameters_round_trip():
     model, opt = make(Mesh(), torch.float32)
-    fresh = dist.full_state(model, opt, Mesh())               # before the first step: no moments yet
+    fresh = dist.full_state(model, opt, Mesh())  # before the first step: no moments yet
     dist.load_state(model, opt, fresh, Mesh())
     model.head.weight.requires_grad = False
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -610,12 +663,18 @@ def test_a_new_optimizer_and_frozen_parameters_round_trip():
     assert same(dist.full_state(model, opt, Mesh()), state)
 
 
-STATE = {"model": {"w": torch.arange(50_000.0)}, "optimizer": {}, "tensors": 1, "step": 1,
-         "config": {"lr": 0.1, "name": "x"}}
+STATE = {
+    "model": {"w": torch.arange(50_000.0)},
+    "optimizer": {},
+    "tensors": 1,
+    "step": 1,
+    "config": {"lr": 0.1, "name": "x"},
+}
 
 
 class Dies:
     """A file that ends the process in the middle of the n-th write, and at named places in save."""
+
     def __init__(self, file, at):
         self.file, self.at, self.writes = file, at, 0
 
@@ -628,7 +687,7 @@ class Dies:
     def write(self, data):
         self.writes += 1
         if self.writes == self.at:
-            self.file.write(bytes(data)[:len(data) // 2])
+            self.file.write(bytes(data)[: len(data) // 2])
             self.file.flush()
             os._exit(9)
         return self.file.write(data)
@@ -638,7 +697,7 @@ class Dies:
 
 
 def die_in_save(path, point):
-    die = lambda *_: os._exit(9)                              # noqa: E731
+    die = lambda *_: os._exit(9)  # noqa: E731
     if point == "replace":
         os.replace = die
     elif point == "after replace":
@@ -661,14 +720,14 @@ def test_killed_while_saving(tmp_path, point):
     assert child.exitcode == 9
     step = 2 if point in ("after replace", "fsync 2") else 1
     assert dist.load(dist.latest(tmp_path))["step"] == step
-    dist.save(tmp_path / "ckpt_2.pt", {**STATE, "step": 2})   # and the next save works
+    dist.save(tmp_path / "ckpt_2.pt", {**STATE, "step": 2})  # and the next save works
     assert sorted(os.listdir(tmp_path)) == ["ckpt_1.pt", "ckpt_2.pt"]
 
 
 def test_save_failures_are_one_line_and_harmless(tmp_path):
     path = tmp_path / "ckpt_1.pt"
     dist.save(path, STATE)
-    os.symlink("/dev/full", tmp_path / "saving.tmp")          # every write: no space left on device
+    os.symlink("/dev/full", tmp_path / "saving.tmp")  # every write: no space left on device
     with pytest.raises(OSError, match="cannot save .*ckpt_1.pt: No space left on device.*untouched") as full:
         dist.save(path, {**STATE, "step": 2})
     assert "\n" not in str(full.value)
@@ -682,8 +741,9 @@ def test_save_failures_are_one_line_and_harmless(tmp_path):
 
 def limited_save(path):
     import resource
+
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))               # the disk is full half way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the disk is full half way
     try:
         dist.save(path, {**STATE, "step": 2})
     except OSError as error:
@@ -701,9 +761,9 @@ def test_disk_full_half_way(tmp_path):
 
 @pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "one bit", "zeroed page"])
 def test_damage_is_found_and_an_older_one_used(tmp_path, kind, capsys):
-    for step in (9, 10):                                      # 10 is newer than 9, not older
+    for step in (9, 10):  # 10 is newer than 9, not older
         dist.save(tmp_path / f"ckpt_{step}.pt", {**STATE, "step": step})
-    dist.save(tmp_path / "ckpt_best.pt", STATE)               # not a numbered one: left alone
+    dist.save(tmp_path / "ckpt_best.pt", STATE)  # not a numbered one: left alone
     path = tmp_path / "ckpt_10.pt"
     data = bytearray(path.read_bytes())
     if kind == "one bit":
@@ -727,13 +787,13 @@ def test_a_flipped_bit_is_never_silently_wrong(tmp_path):
     dist.save(path, state)
     good, caught = path.read_bytes(), 0
     for i in range(0, len(good), 5):
-        path.write_bytes(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1:])
+        path.write_bytes(good[:i] + bytes([good[i] ^ 1 << i % 8]) + good[i + 1 :])
         try:
             got = dist.load(path)
         except (ValueError, OSError) as error:
             assert "\n" not in str(error)
             caught += 1
-        else:                                                 # padding, dates
+        else:  # padding, dates
             assert torch.equal(got["w"], state["w"]) and got["step"] == 1, i
     assert caught > 40
 

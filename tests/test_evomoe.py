@@ -2,6 +2,7 @@
 The curriculum: phases and the dense-to-sparse gate, the spawn on any number of processes, resuming at every border,
 upcycling, MoEBERT's split and distillation. Runs go through train.main on a corpus of a few thousand bytes.
 """
+
 import copy
 import dataclasses
 import functools
@@ -43,7 +44,8 @@ def corpus(tmp_path_factory):
 
 def run(corpus, out, **flags):
     """train.main on the tiny corpus -> the log as a list of dicts."""
-    flags = {**TINY, "dataset": corpus, "out_dir": str(out), "max_steps": 8, "warmup": 2, "log_every": 1, "save_every": 1,
+    flags = {**TINY, "dataset": corpus, "out_dir": str(out), "max_steps": 8, "warmup": 2, "log_every": 1,
+             "save_every": 1,
              "eval_every": 0, "sample_tokens": 1, "device": "cpu", **flags}  # fmt: skip
     train.main([f"--{name}={value}" for name, value in flags.items()])
     return [json.loads(line) for line in open(f"{out}/log.jsonl")]
@@ -84,7 +86,8 @@ def test_phases():
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(diversify=1.0), dict(gate_args="anneal=0.7,hard=0.6"), dict(gate_args="tau_min=0"), dict(gate_args="tau_min=3"),
+    dict(diversify=1.0), dict(gate_args="anneal=0.7,hard=0.6"), dict(gate_args="tau_min=0"),
+    dict(gate_args="tau_min=3"),
     dict(spawn="clone"), dict(spawn_ratio=1.5), dict(distill=1.0), dict(diversify=0.1, expert_hidden=8),
     dict(init_from="gtp2"), dict(diversify=0.1, spawn="importance", expert_hidden=64, spawn_ratio=0.1),
 ])  # fmt: skip
@@ -123,11 +126,14 @@ def test_the_gradient_does_not_jump_at_the_hard_switch():
     """From the last soft step to the first hard one, same weights and batch: the gradient moves by less than 5 % of its
     norm and keeps its direction. A switch from the paper's bar of 0.001, without tightening, moves it by 30 %."""
     cfg, x = config(max_steps=600, n_experts=8), torch.randint(V, (16, 17), generator=torch.Generator().manual_seed(0))
+
     def gradient(step, cfg):
         model = small_gpt(cfg)
         evomoe.set_step(model, step, cfg)
         loss = nn.functional.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten())
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for m in model.moes() for p in m.parameters()])])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, [p for m in model.moes() for p in m.parameters()])]
+        )
 
     def jump(anneal):
         here = dataclasses.replace(cfg, gate_args=f"anneal={anneal},hard=0.4")
@@ -241,7 +247,9 @@ def dense_and_grown(mesh=None, **flags):
 def outputs_and_state(rank, world, ratio):
     mesh = dist.make_mesh(rank, world, E) if world > 1 else dist.Mesh()
     old, _, new, optimizer, _ = dense_and_grown(mesh, spawn_ratio=ratio)
-    x = torch.randint(V, (4, 16), generator=torch.Generator().manual_seed(2))[rank * 4 // world : (rank + 1) * 4 // world]
+    x = torch.randint(V, (4, 16), generator=torch.Generator().manual_seed(2))[
+        rank * 4 // world : (rank + 1) * 4 // world
+    ]
     return old(x)[0], new(x)[0], dist.full_state(new, optimizer, mesh)
 
 
@@ -283,7 +291,9 @@ def test_masks_moments_and_what_must_not_change():
             assert torch.equal(p, others[name])
             assert torch.equal(old_optimizer.state[p]["exp_avg"], new_optimizer.state[others[name]]["exp_avg"])
     fresh = small_gpt(cfg)
-    assert torch.equal(new.gates()[0].weight, fresh.gates()[0].weight) and new.gates()[0].weight not in new_optimizer.state
+    assert (
+        torch.equal(new.gates()[0].weight, fresh.gates()[0].weight) and new.gates()[0].weight not in new_optimizer.state
+    )
 
 
 @pytest.mark.parametrize("how", ["copy", "noise"])
@@ -294,7 +304,7 @@ def test_other_spawns(how):
     assert relative == pytest.approx([0.1 if how == "noise" else 0.0] * E, rel=0.1)
 
 
-# -- whole runs ---------------------------------------------------------------------------------------------------------
+# -- whole runs -------------------------------------------------------------------------------------------------------
 
 
 def test_before_the_spawn_it_is_the_dense_run(corpus, tmp_path):
@@ -323,10 +333,12 @@ def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path,
     whole = run(corpus, tmp_path / "whole", **flags)
     make = LanguageModelling.train_batch
     for step in range(1, 9):
+
         def stop(self, s, *more, until=step):
             if s == until and len(more):  # not where the importance is measured
                 raise Interrupted
             return make(self, s, *more)
+
         monkeypatch.setattr(LanguageModelling, "train_batch", stop)
         resume = dict(init_from="resume") if step > 1 else {}
         try:
@@ -342,7 +354,9 @@ def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path,
 def test_upcycling_a_dense_run(corpus, tmp_path, capsys):
     run(corpus, tmp_path / "dense", n_experts=1)
     held = run(corpus, tmp_path / "none", init_from=tmp_path / "dense", n_experts=1, learning_rate=1e-9, weight_decay=0)
-    grown = run(corpus, tmp_path / "moe", init_from=tmp_path / "dense", spawn="copy", learning_rate=1e-9, weight_decay=0)
+    grown = run(
+        corpus, tmp_path / "moe", init_from=tmp_path / "dense", spawn="copy", learning_rate=1e-9, weight_decay=0
+    )
     assert losses(grown)[0] == pytest.approx(losses(held)[0], abs=1e-5)
     with pytest.raises(ValueError, match="holds a mixture"):
         run(corpus, tmp_path / "again", init_from=tmp_path / "moe")
@@ -395,7 +409,7 @@ def test_flops_per_token_are_the_non_zeros(tau, reads):
     assert model.flops_per_token(k, 16) * x.numel() == pytest.approx(counter.get_total_flops())
 
 
-# -- MoEBERT ------------------------------------------------------------------------------------------------------------
+# -- MoEBERT ----------------------------------------------------------------------------------------------------------
 
 
 def test_importance_is_taken_per_sample():

@@ -6,6 +6,7 @@ Every gate of router.py, found by gates(): a class added there is tested here wi
 is computed once as written, with a dense einsum and a brute-force queue at each expert, and compared with the layer:
 values, gradients, what is skipped, who is dropped, padding, ranks. float64 throughout, so that equal means 1e-10.
 """
+
 import copy
 import inspect
 import math
@@ -108,7 +109,9 @@ def oracle(layer, x, ids, domain, seed):
         for n in place.sizes:
             rows = slice(start, start + n)
             own = math.ceil(factor * layer.gate.k * n / layer.gate.E) if routing.capacity is None else routing.capacity
-            slots = own[rows][0] if torch.is_tensor(own) and own.dim() == 2 else torch.as_tensor(own).expand(layer.gate.E)
+            slots = (
+                own[rows][0] if torch.is_tensor(own) and own.dim() == 2 else torch.as_tensor(own).expand(layer.gate.E)
+            )
             if routing.priority is not None:
                 p = routing.priority[rows]
                 key = lambda n, e: (-float(p[n, e]), n)
@@ -213,7 +216,8 @@ def test_routing_is_finite_and_float32_also_under_bf16(name):
 
 @pytest.mark.parametrize("name", GATES)
 def test_every_weighted_loss_exists(name):
-    """A weight whose name is in no aux would be ignored in silence. (Some losses exist only where E is no power of 2.)"""
+    """A weight whose name is in no aux would be ignored in silence. (Some losses exist only where E is no power of
+    2.)"""
     x, ids, domain = tokens(D=24)
     sized = [new_gate(name, D=24, E=E) for E in (4, 6)]
     assert set(sized[0].loss_weights) <= {key for gate in sized for key in route(gate, x, ids, domain).aux}
@@ -500,6 +504,12 @@ def test_make_gate_explains_what_is_wrong():
     assert make_gate("switch", "jitter=0.5, balance=2", **gate_args("switch")).jitter == 0.5
 
 
+def test_the_printout_shows_every_gate(capsys):
+    router.show()
+    shown = capsys.readouterr().out
+    assert all(f"\n{name}" in shown for name in GATES) and len(shown.splitlines()) < 110
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Expert parallelism: W ranks equal one process with groups = W
 
@@ -533,8 +543,11 @@ def run_layers(name, mesh, groups=1, nodes=1, capacity=0.0, live=None):
     for layer in layers:
         layer.gate.update()
     experts = dist.expert_ids(layers)
-    out |= {f"gradient {n}": mesh.whole(p.grad) if id(p) in experts else p.grad
-            for n, p in layers.named_parameters() if p.requires_grad}
+    out |= {
+        f"gradient {n}": mesh.whole(p.grad) if id(p) in experts else p.grad
+        for n, p in layers.named_parameters()
+        if p.requires_grad
+    }
     out |= {f"state {n}": t for n, t in layers.named_buffers()}
     out["task loss"] = mesh.all_reduce(task)
     rows = slice(None) if mesh.world == 1 else mine
@@ -558,16 +571,27 @@ def ranks_differ(rank, world, one):
                 assert want.keys() == got.keys()
                 pairs = [(key, t, got[key]) for key, t in want.items()]
                 pairs += [(key, t[rows], got_rows[key]) for key, t in want_rows.items()]
-                worst += [(f"{name}, ep {ep}, {world // local} nodes, {', '.join(case) or 'dropless'}: {key}",
-                           float((a.double() - b.double()).abs().max())) for key, a, b in pairs if a.numel()]
+                worst += [
+                    (
+                        f"{name}, ep {ep}, {world // local} nodes, {', '.join(case) or 'dropless'}: {key}",
+                        float((a.double() - b.double()).abs().max()),
+                    )
+                    for key, a, b in pairs
+                    if a.numel()
+                ]
     return worst
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_equal_one_process(world):
-    """Outputs, losses, loads, gradients of router, experts and input, state after the step: every gate, every layout."""
-    one = {(name, nodes, i): run_layers(name, dist.Mesh(), world, nodes, **case)
-           for name in GATES for nodes in (1, 2) for i, case in enumerate(CASES)}
+    """Outputs, losses, loads, gradients of router, experts and input, state after the step: every gate, every
+    layout."""
+    one = {
+        (name, nodes, i): run_layers(name, dist.Mesh(), world, nodes, **case)
+        for name in GATES
+        for nodes in (1, 2)
+        for i, case in enumerate(CASES)
+    }
     for worst in run_ranks(world, ranks_differ, one, timeout=120):
         assert len(worst) > 8 * len(GATES)
         wrong = [(key, error) for key, error in worst if not error < 1e-12]

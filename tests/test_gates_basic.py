@@ -5,6 +5,7 @@ formula in numpy, numbers worked by hand, an enumeration, a count or a certifica
 
 A gate whose weight is the identity has x as its logits, so a test writes down the logits it wants.
 """
+
 import functools
 import itertools
 import math
@@ -67,14 +68,18 @@ def test_soft_is_the_softmax():
 
 
 @pytest.mark.parametrize("k, want, tied", [
-    (1, [0, 0.6, 0], [0, 0, 0.5]), (2, [1 / 3, 2 / 3, 0], [0, 1 / 3, 2 / 3]), (3, [0.3, 0.6, 0.1], [0.25, 0.25, 0.5])])  # fmt: skip
+    (1, [0, 0.6, 0], [0, 0, 0.5]), (2, [1 / 3, 2 / 3, 0], [0, 1 / 3, 2 / 3]),
+    (3, [0.3, 0.6, 0.1], [0.25, 0.25, 0.5])])  # fmt: skip
 def test_topk_by_hand(k, want, tied):
     """p = (.3, .6, .1), and (.25, .5, .25) with a tie. k = 1 keeps p itself, k >= 2 shares out 1."""
     G = route(identity(TopK, 3, k=k), doubles([[3, 6, 1], [1, 2, 1]]).log()).G
     assert np.allclose(G[0].tolist(), want) and np.allclose(sorted(G[1].tolist()), tied)
 
 
-@pytest.mark.parametrize("cls, k", [(TopK, 1), (TopK, 2), (TopK, 5), (NoisyTopK, 1), (NoisyTopK, 2), (NoisyTopK, 5), (Switch, 1), (GShard, 2)])
+@pytest.mark.parametrize(
+    "cls, k",
+    [(TopK, 1), (TopK, 2), (TopK, 5), (NoisyTopK, 1), (NoisyTopK, 2), (NoisyTopK, 5), (Switch, 1), (GShard, 2)],
+)
 def test_ties_use_exactly_k_experts(cls, k):
     gate = cls(5, 5, k=k) if cls in (TopK, NoisyTopK) else cls(5, 5)
     gate.weight.data = torch.eye(5)
@@ -107,7 +112,11 @@ def test_switch_jitter():
 
 def test_switch_learns_through_p():
     """y = p_a v_a: dy / dlogit_j = v_a p_a ([j = a] - p_j), and the logits are x W^T."""
-    gate, x, v = Switch(6, 5, jitter=0.0).double(), torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 5, dtype=torch.float64)
+    gate, x, v = (
+        Switch(6, 5, jitter=0.0).double(),
+        torch.randn(40, 6, dtype=torch.float64),
+        torch.randn(40, 5, dtype=torch.float64),
+    )
     p = softmax(x.numpy() @ gate.weight.detach().numpy().T)
     (route(gate, x).G * v).sum().backward()
     a = p.argmax(1)
@@ -122,7 +131,11 @@ def test_gshard_by_hand():
     assert np.allclose(r.G[0].tolist(), [2 / 3, 1 / 3, 0]) and float(r.aux["balance"].detach()) == pytest.approx(1.8)
     r = route(gate.train(), x)
     second = r.G[:, 1] > 0
-    assert np.allclose(r.G[:, 0].tolist(), 2 / 3) and np.allclose(r.G[second, 1].tolist(), 1 / 3) and (r.G[:, 2] == 0).all()
+    assert (
+        np.allclose(r.G[:, 0].tolist(), 2 / 3)
+        and np.allclose(r.G[second, 1].tolist(), 1 / 3)
+        and (r.G[:, 2] == 0).all()
+    )
     assert second.double().mean() == pytest.approx(2 / 3, abs=0.04)  # five standard deviations
     assert float(r.aux["balance"].detach()) == pytest.approx(1.8)
 
@@ -217,7 +230,9 @@ def zipf(V):
     return [int(10_000 / (t + 1)) for t in np.random.default_rng(0).permutation(V)]
 
 
-@pytest.mark.parametrize("counts, E", [(zipf(500), 8), (zipf(50), 7), ([5] * 12, 4), ([0] * 9, 3), ([100, 1, 1], 8), (zipf(300), 1)])
+@pytest.mark.parametrize(
+    "counts, E", [(zipf(500), 8), (zipf(50), 7), ([5] * 12, 4), ([0] * 9, 3), ([100, 1, 1], 8), (zipf(300), 1)]
+)
 def test_balanced_table_is_within_one_token_of_even(counts, E):
     table = balanced_table(counts, E)
     load = [sum(c for c, e in zip(counts, table.tolist()) if e == expert) for expert in range(E)]
@@ -232,7 +247,9 @@ def test_unseen_ids_are_dealt_out_too():
     """They weigh nothing, so the lightest expert stays the lightest and would get them all; held-out text has them."""
     counts = zipf(300) + [0] * 100
     table = balanced_table(counts, 8)
-    assert np.ptp(table[300:].bincount(minlength=8).numpy()) <= 1 and torch.equal(table[:300], balanced_table(counts[:300], 8))
+    assert np.ptp(table[300:].bincount(minlength=8).numpy()) <= 1 and torch.equal(
+        table[:300], balanced_table(counts[:300], 8)
+    )
 
 
 def test_counts_may_be_fractions():
@@ -410,7 +427,11 @@ def test_score_function_term_by_hand():
 def test_score_function_term_is_off_when_sequences_share_a_capacity(c, exact):
     """Three sequences of one token, two experts with c slots, Skip's weights. Who is skipped has another loss, and
     whether the others are skipped depends on this one's choice: the baseline is no longer independent of it."""
-    theta, phi, aim = torch.randn(3, 2, dtype=torch.float64, requires_grad=True), doubles([-1.0, 1.2]), doubles([0.5, -0.8, 2.0])
+    theta, phi, aim = (
+        torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
+        doubles([-1.0, 1.2]),
+        doubles([0.5, -0.8, 2.0]),
+    )
     logp, loss = theta.log_softmax(1), (aim[:, None] - phi).square()
     (want,) = torch.autograd.grad((logp.exp() * loss).sum() / 3, theta, retain_graph=True)
     total, n, one = 0.0, torch.arange(3), torch.ones(3, 1, dtype=torch.bool)

@@ -10,8 +10,20 @@ import torch
 import torch.nn as nn
 
 from router import (
-    BASE, COMET, Place, DSelectK, Permuted, Routing, StableMoE, TopK,
-    balanced_assignment, best_permutation, entropy, gates, smooth_step, tree_leaves,
+    BASE,
+    COMET,
+    Place,
+    DSelectK,
+    Permuted,
+    Routing,
+    StableMoE,
+    TopK,
+    balanced_assignment,
+    best_permutation,
+    entropy,
+    gates,
+    smooth_step,
+    tree_leaves,
 )
 
 D, V = 12, 30
@@ -80,7 +92,10 @@ def test_tree_leaf_order_and_swap():
         assert [node for node, _ in walk([0.5] * (E - 1), E)] == order
     assert tree_leaves(torch.tensor([1.0, 1.0, 0.0, 0.0])).tolist() == [0, 1, 0, 0, 0]  # left, left, right: node 8
     h = torch.tensor([0.9, 0.2, 0.7])
-    p, flipped = tree_leaves(h), tree_leaves(torch.tensor([0.1, 0.7, 0.2]))  # the other sign at the root, subtrees swapped
+    p, flipped = (
+        tree_leaves(h),
+        tree_leaves(torch.tensor([0.1, 0.7, 0.2])),
+    )  # the other sign at the root, subtrees swapped
     assert torch.allclose(p, flipped.roll(2)) and p[0] == pytest.approx(0.9 * 0.2)
 
 
@@ -108,7 +123,11 @@ def test_comet_is_a_distribution(E, k):
     gate, (x, ids) = COMET(D, E, k), data(9)
     gate.split.mul_(40)  # a mix of soft and saturated nodes
     G = gate(x, ids).G
-    assert (G >= 0).all() and torch.allclose(G.sum(1), torch.ones(9)) and torch.allclose(G, comet_oracle(gate, x), atol=1e-6)
+    assert (
+        (G >= 0).all()
+        and torch.allclose(G.sum(1), torch.ones(9))
+        and torch.allclose(G, comet_oracle(gate, x), atol=1e-6)
+    )
     gate.leaf_bias += 50
     assert torch.allclose(gate(x, ids).G, G, atol=1e-5)  # one softmax: a constant on all pairs changes nothing
     assert torch.allclose(gate(x[3:4], ids[3:4]).G, G[3:4], atol=1e-5)  # one token
@@ -259,8 +278,14 @@ def hard_cases(N, E):
 def test_base_is_always_balanced(N, E):
     cases = hard_cases(N, E)
     cases |= {"alike": torch.randn(1, E).expand(N, E), "zero": torch.zeros(N, E), "nan": torch.full((N, E), torch.nan)}
-    cases |= {"one nan": torch.randn(N, E).index_fill(0, torch.tensor([0]), torch.nan), "huge": torch.randn(N, E) * 1e38}
-    cases |= {"inf": torch.randn(N, E).index_fill(1, torch.tensor([E - 1]), torch.inf), "bf16": torch.randn(N, E).bfloat16()}
+    cases |= {
+        "one nan": torch.randn(N, E).index_fill(0, torch.tensor([0]), torch.nan),
+        "huge": torch.randn(N, E) * 1e38,
+    }
+    cases |= {
+        "inf": torch.randn(N, E).index_fill(1, torch.tensor([E - 1]), torch.inf),
+        "bf16": torch.randn(N, E).bfloat16(),
+    }
     for s in cases.values():
         value(s, balanced_assignment(s))
         value(s, balanced_assignment(s, rounds=1))  # the fallback keeps the balance too
@@ -495,7 +520,9 @@ def test_permutation_is_soft_before_T_and_hard_from_T(schedule):
             with torch.no_grad():
                 gate.logits += 0.01 * torch.randn(5, 5)
         else:
-            assert gate.logits.grad is None and not gate.logits.requires_grad and float(r.aux["permutation"].detach()) == 0
+            assert (
+                gate.logits.grad is None and not gate.logits.requires_grad and float(r.aux["permutation"].detach()) == 0
+            )
             assert torch.equal(r.G, plain[:, gate.source])
     frozen = gate.source.clone()
     assert frozen.sort().values.equal(torch.arange(5))
@@ -512,7 +539,9 @@ def test_permutation_schedules():
     gate, official = permuted(), permuted(schedule="official")
     for step, tau, tau_official, iterations in ((4, 10**-2.15, 1e-5, 85), (9, 1e-3, 1e-7, 150), (70, 1e-3, 1e-7, 150)):
         gate.set_step(step), official.set_step(step)
-        assert float(gate.tau) == pytest.approx(tau, rel=1e-4) and float(official.tau) == pytest.approx(tau_official, rel=1e-4)
+        assert float(gate.tau) == pytest.approx(tau, rel=1e-4) and float(official.tau) == pytest.approx(
+            tau_official, rel=1e-4
+        )
         assert int(gate.iterations) == int(official.iterations) == iterations
     for step in range(9):
         gate.set_step(step), official.set_step(step)
@@ -555,7 +584,9 @@ def test_permutation_resumes(schedule, step):
     assert torch.equal(resumed(x, ids).G, gate(x, ids).G)
     for later in (step + 1, 40):
         resumed.set_step(later), gate.set_step(later)
-        assert torch.equal(resumed.source, gate.source) and torch.equal(resumed.train()(x, ids).G, gate.train()(x, ids).G)
+        assert torch.equal(resumed.source, gate.source) and torch.equal(
+            resumed.train()(x, ids).G, gate.train()(x, ids).G
+        )
         assert torch.equal(resumed.eval()(x, ids).G, gate.eval()(x, ids).G)
 
 
@@ -601,10 +632,17 @@ def test_permutation_of_one_expert():
 # All of them
 
 
-@pytest.mark.parametrize("make", [
-    lambda: BASE(D, 6), lambda: stable(), lambda: DSelectK(D, 6), lambda: DSelectK(D, 8, static=True), lambda: COMET(D, 6),
-    lambda: permuted(),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BASE(D, 6),
+        lambda: stable(),
+        lambda: DSelectK(D, 6),
+        lambda: DSelectK(D, 8, static=True),
+        lambda: COMET(D, 6),
+        lambda: permuted(),
+    ],
+)
 def test_routing_is_float32_under_autocast_and_survives_odd_batches(make):
     gate = make()
     for x in (torch.randn(1, D), torch.randn(1, D).expand(9, D), torch.zeros(9, D), torch.randn(9, D)):

@@ -13,12 +13,29 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from experts import Experts, MoE
-from router import (Place, DeepSeekV3, ExpertChoice, GumbelMatching, LocMoE, LocMoEPlus, RandomRouted, Skip,
-                    best_assignment, block_means, cap_probability, locality_loss, gates, locmoe_capacity, make_gate,
-                    matching_log_q, queue, skip_weights)
+from router import (
+    Place,
+    DeepSeekV3,
+    ExpertChoice,
+    GumbelMatching,
+    LocMoE,
+    LocMoEPlus,
+    RandomRouted,
+    Skip,
+    best_assignment,
+    block_means,
+    cap_probability,
+    locality_loss,
+    gates,
+    locmoe_capacity,
+    make_gate,
+    matching_log_q,
+    queue,
+    skip_weights,
+)
 
 NAMES = ["locmoe", "locmoeplus", "randomrouted", "skip", "gumbelmatching", "expertchoice", "deepseekv3"]
-HOMES = (torch.arange(8) // 2 == torch.arange(4)[:, None])  # (4, 8): 8 experts on 4 nodes, two each
+HOMES = torch.arange(8) // 2 == torch.arange(4)[:, None]  # (4, 8): 8 experts on 4 nodes, two each
 
 
 def build(name, D, E, k=2, args=""):
@@ -144,12 +161,21 @@ def test_causality_is_as_declared(name, training):
 
 
 def test_unusable_settings_are_one_clear_line():
-    for name, args, D, E in (("locmoe", "", 10, 4), ("locmoeplus", "", 10, 4), ("gumbelmatching", "capacity_factor=0.5", 8, 4),
-                             ("deepseekv3", "expert_groups=3", 8, 4), ("deepseekv3", "expert_groups=4,keep_groups=1", 8, 4),
-                             ("skip", "capacity_factor=0", 8, 4), ("locmoeplus", "capacity_factor=0", 8, 4), ("locmoeplus", "floor=2", 8, 4)):
+    for name, args, D, E in (
+        ("locmoe", "", 10, 4),
+        ("locmoeplus", "", 10, 4),
+        ("gumbelmatching", "capacity_factor=0.5", 8, 4),
+        ("deepseekv3", "expert_groups=3", 8, 4),
+        ("deepseekv3", "expert_groups=4,keep_groups=1", 8, 4),
+        ("skip", "capacity_factor=0", 8, 4),
+        ("locmoeplus", "capacity_factor=0", 8, 4),
+        ("locmoeplus", "floor=2", 8, 4),
+    ):
         with pytest.raises(ValueError) as e:
             build(name, D, E, args=args)
-        assert "\n" not in str(e.value) and (name in str(e.value) or "--n_experts=4 must divide --n_embd=10" in str(e.value))
+        assert "\n" not in str(e.value) and (
+            name in str(e.value) or "--n_experts=4 must divide --n_embd=10" in str(e.value)
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +219,9 @@ def test_cosine_and_logit_agree_over_experts_and_not_over_tokens():
     logits = block_means(x, 4)
     assert torch.equal(logits.argmax(1), r.priority.argmax(1))
     assert not torch.equal(logits.argsort(0), r.priority.argsort(0))
-    assert torch.allclose(r.priority, F.cosine_similarity(x[:, None], block_means(torch.eye(32), 4).T[None], dim=2), atol=1e-6)
+    assert torch.allclose(
+        r.priority, F.cosine_similarity(x[:, None], block_means(torch.eye(32), 4).T[None], dim=2), atol=1e-6
+    )
 
 
 def test_locality_loss_by_hand():
@@ -223,7 +251,9 @@ def test_locality_loss_without_nodes_tokens_or_experts():
     loss = locality_loss(p, Place(6, node=some, near=homes), 0.1)
     alone = locality_loss(p[:3], Place(3, node=some[:3], near=HOMES), 0.1)
     loss.backward()
-    assert loss.item() == pytest.approx(alone.item(), abs=1e-6) and p.grad.isfinite().all() and p.grad[:3].abs().sum() > 0
+    assert (
+        loss.item() == pytest.approx(alone.item(), abs=1e-6) and p.grad.isfinite().all() and p.grad[:3].abs().sum() > 0
+    )
     x = torch.randn(6, 4, dtype=torch.double, requires_grad=True)
     b = Place(6, node=torch.arange(6) // 3, near=torch.eye(2).bool().repeat_interleave(2, 1))
     assert torch.autograd.gradcheck(lambda x: locality_loss(x.softmax(1), b, 0.1), x)
@@ -354,7 +384,13 @@ def test_slots_by_brute_force():
     most, least = math.ceil(1.1 * 2 * 60 / 4), gate.least.item()
     assert least == pytest.approx(torch.randn(20000, 4).topk(2, 1).values.relu().mean().item() * 32**-0.5, rel=0.03)
     seen = set()
-    for x in (noise + 0.3 * goal, noise - 0.3 * block_means(noise, 4).repeat_interleave(8, 1), noise, noise + 0.1 * goal, noise + goal):
+    for x in (
+        noise + 0.3 * goal,
+        noise - 0.3 * block_means(noise, 4).repeat_interleave(8, 1),
+        noise,
+        noise + 0.1 * goal,
+        noise + goal,
+    ):
         r = gate(x, ids)
         least = min(least, r.priority.topk(2, 1).values.clamp(min=0).mean().item())
         assert gate.least.item() == pytest.approx(least)
@@ -381,7 +417,9 @@ def test_tokens_per_expert_fall_as_features_converge():
             r = gate(t * direction * 64**0.5 / 8 * 2 + (1 - t) * x, ids)
             assert r.aux["slots"].item() == pytest.approx(r.capacity.float().mean().item())
             slots.append(r.aux["slots"].item())
-        assert slots[0] > 0.85 * 110 and all(a >= b for a, b in zip(slots, slots[1:])) and 22 <= slots[-1] <= 23  # the floor
+        assert (
+            slots[0] > 0.85 * 110 and all(a >= b for a, b in zip(slots, slots[1:])) and 22 <= slots[-1] <= 23
+        )  # the floor
         assert gate.eval()(noise, ids).capacity is None
     assert LocMoEPlus(64, 8, floor=0.2)(direction, ids).aux["slots"] < 25
 
@@ -422,7 +460,9 @@ def test_theorem_5_against_simulation():
         score[place] = 0
         order, slot, _ = queue(torch.zeros(s, dtype=torch.long), score, E)  # affinity
         ecr += (slot[order == place] < C).item()
-    assert tcr / trials == pytest.approx(token_choice, abs=0.03) and ecr / trials == pytest.approx(expert_choice, abs=0.03)
+    assert tcr / trials == pytest.approx(token_choice, abs=0.03) and ecr / trials == pytest.approx(
+        expert_choice, abs=0.03
+    )
 
 
 def test_queue():
@@ -466,7 +506,9 @@ def test_the_experts_of_a_domain_can_be_cut_out():
         small = RandomRouted(8, 3, V=50)
         small.table.copy_(gate.table[domain] - 3 * domain)
         of = torch.full((1, 40), domain)
-        assert torch.allclose(MoE(gate, whole)(x[None], ids[None], domain=of)[0], MoE(small, half)(x[None], ids[None])[0], atol=1e-6)
+        assert torch.allclose(
+            MoE(gate, whole)(x[None], ids[None], domain=of)[0], MoE(small, half)(x[None], ids[None])[0], atol=1e-6
+        )
 
 
 def test_random_routed_with_more_domains_than_experts():
@@ -478,7 +520,8 @@ def test_random_routed_with_more_domains_than_experts():
 # ---------------------------------------------------------------------------------------------------------------------
 # Kool et al.: enumerate everything
 #
-# n = 6 datapoints, 3 experts, capacity 2; router logits theta (n, 3) free, expert z predicts phi_z, loss (a_i - phi_z)^2.
+# n = 6 datapoints, 3 experts, capacity 2; router logits theta (n, 3) free, expert z predicts phi_z,
+# loss (a_i - phi_z)^2.
 
 n, k, c = 6, 3, 2
 rng = torch.Generator().manual_seed(3)
@@ -763,7 +806,9 @@ def test_deepseek_bias_moves_by_gamma_against_the_load():
     for _ in range(200):
         gate(x, ids)
         gate.update()
-    assert (gate.bias[0] - gate.bias[1]).item() < -(torch.sigmoid(torch.tensor(4.0)) - torch.sigmoid(torch.tensor(2.0))) + 0.1
+    assert (gate.bias[0] - gate.bias[1]).item() < -(
+        torch.sigmoid(torch.tensor(4.0)) - torch.sigmoid(torch.tensor(2.0))
+    ) + 0.1
     assert {"bias", "gamma"} <= set(gate.state_dict())
 
 

@@ -2,6 +2,7 @@
 model.py: a dense model is the case of one expert, nobody sees the future, sampling, and weights that depend on the seed
 and on nothing else.
 """
+
 import copy
 import dataclasses
 import functools
@@ -45,7 +46,8 @@ def tokens(rows=4, length=12, seed=0):
 
 
 def one_expert_mixture(**more):
-    """A dense GPT in which every FFN that would be a mixture is an MoE with a single expert (the soft gate: weight 1)."""
+    """A dense GPT in which every FFN that would be a mixture is an MoE with a single expert (the soft gate: weight
+    1)."""
     model = build(n_experts=1, **more)
     for i, block in enumerate(model.stack.blocks):
         if (i + 1) % model.cfg.moe_every == 0:
@@ -112,7 +114,11 @@ def test_parameter_counts():
 
 def whole_state(rank, world, ep):
     model = build(mesh=dist.make_mesh(rank, world, 4, ep))
-    return dist.full_state(model, None, model.mesh)["model"], model.n_params(), sum(p.numel() for p in model.parameters())
+    return (
+        dist.full_state(model, None, model.mesh)["model"],
+        model.n_params(),
+        sum(p.numel() for p in model.parameters()),
+    )
 
 
 @pytest.mark.parametrize("ep", [1, 2])
@@ -154,13 +160,31 @@ def test_a_gate_in_a_model_is_as_it_made_itself(gate):
         with torch.random.fork_rng():
             torch.manual_seed(model.cfg.seed * 1000 + i)
             counts = torch.arange(V, 0, -1).numpy()
-            fresh = make_gate(gate, D=16, E=4, V=V, layer=i, seed=model.cfg.seed, counts=counts, n_domains=2, steps=model.cfg.max_steps)
+            fresh = make_gate(
+                gate,
+                D=16,
+                E=4,
+                V=V,
+                layer=i,
+                seed=model.cfg.seed,
+                counts=counts,
+                n_domains=2,
+                steps=model.cfg.max_steps,
+            )
         mine = model.stack.blocks[i].ffn.gate
         assert mine.state_dict().keys() == fresh.state_dict().keys()
         assert all(torch.equal(t, fresh.state_dict()[name]) for name, t in mine.state_dict().items())
-        decayed, rest = ([id(p) for p in group["params"]] for group in train.make_optimizer(model, model.cfg).param_groups)
-        assert not any(id(p) in decayed for p in mine.parameters()) and all(id(p) in rest for p in mine.parameters() if p.requires_grad)
-    assert id(model.wte.weight) in decayed and id(model.stack.blocks[1].ffn.experts.w1) in decayed and id(model.wpe.weight) in rest
+        decayed, rest = (
+            [id(p) for p in group["params"]] for group in train.make_optimizer(model, model.cfg).param_groups
+        )
+        assert not any(id(p) in decayed for p in mine.parameters()) and all(
+            id(p) in rest for p in mine.parameters() if p.requires_grad
+        )
+    assert (
+        id(model.wte.weight) in decayed
+        and id(model.stack.blocks[1].ffn.experts.w1) in decayed
+        and id(model.wpe.weight) in rest
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

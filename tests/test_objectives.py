@@ -3,6 +3,7 @@ The three objectives beside GPT: masks and their statistics, who may look at who
 
 What holds for every gate is asked of every gate, found by gates(). Decoding is compared with trying all sentences.
 """
+
 import itertools
 import json
 import re
@@ -153,7 +154,8 @@ def test_gates_that_look_ahead_are_refused():
     never = [name for name in GATES if gates()[name].looks_ahead == "always"]
     assert never
     check = lambda kind, objective, gate, **more: train.check_causality(
-        config(gate, objective=objective, **more), OBJECTIVES[objective], build(kind, gate, **more))
+        config(gate, objective=objective, **more), OBJECTIVES[objective], build(kind, gate, **more)
+    )
     for gate in never:
         for kind, objective in ((GPT, "gpt"), (Translator, "translation")):
             with pytest.raises(ValueError, match=f"gate={gate} .*later tokens.*insist"):
@@ -176,7 +178,11 @@ def test_masking_statistics():
     x = torch.from_numpy(rng.integers(0, BYTES.vocab_size, (1000, 1500)))
     corrupted, y = mask_tokens(x, corpus.tok, rng)
     ordinary, picked = x < BYTES.eot, y >= 0
-    assert not (picked & ~ordinary).any() and torch.equal(y[picked], x[picked]) and torch.equal(corrupted[~picked], x[~picked])
+    assert (
+        not (picked & ~ordinary).any()
+        and torch.equal(y[picked], x[picked])
+        and torch.equal(corrupted[~picked], x[~picked])
+    )
     share = lambda hit, of: float(hit.sum() / of.sum())
     assert abs(share(picked, ordinary) - 0.15) < 0.005
     assert abs(share(picked & (corrupted == BYTES.mask), picked) - 0.8) < 0.01
@@ -184,7 +190,10 @@ def test_masking_statistics():
     random = corrupted[picked & (corrupted != BYTES.mask) & (corrupted != x)]
     frequency = torch.bincount(random, minlength=256).double() / len(random)
     assert len(frequency) == 256 and frequency.min() > 0.5 / 256 and frequency.max() < 1.6 / 256
-    again, other = mask_tokens(x, corpus.tok, np.random.default_rng(1))[1], mask_tokens(x, corpus.tok, np.random.default_rng(2))[1]
+    again, other = (
+        mask_tokens(x, corpus.tok, np.random.default_rng(1))[1],
+        mask_tokens(x, corpus.tok, np.random.default_rng(2))[1],
+    )
     assert not torch.equal(again, other)  # dynamic: another step, other masks
 
 
@@ -198,7 +207,8 @@ def test_masking_always_leaves_a_target_but_not_a_special_one():
 
 
 def test_masks_are_spread_over_a_table_without_telling_the_answer():
-    """Gates that route by id see a mask as one of block_size extra ids, by position: evenly spread, whatever is under it."""
+    """Gates that route by id see a mask as one of block_size extra ids, by position: evenly spread, whatever is under
+    it."""
     model = build(RoBERTa, "hash", block_size=16)
     x = ids(4, 16)
     assert torch.equal(model.route_ids(x), x)
@@ -218,12 +228,21 @@ def test_fill_masks(corpora, tmp_path, capsys):
     out = f"--out_dir={tmp_path}"
     train.main([*TINY, "--objective=roberta", f"--dataset={corpora['text']}", out])
     shown = capsys.readouterr().out
-    assert re.search(r"val loss \d+\.\d+  accuracy 0\.\d+  loss_left \d", shown) and "(left;" in shown and "(right;" in shown
+    assert (
+        re.search(r"val loss \d+\.\d+  accuracy 0\.\d+  loss_left \d", shown)
+        and "(left;" in shown
+        and "(right;" in shown
+    )
     assert re.search(r"\n\[1\] +[= ] '.'", shown)
     train.main([out, "--sample=ab<mask>d <mask>"])
     shown = capsys.readouterr().out
     assert "\nab [1]d [2]\n" in shown and shown.count(" %") == 10
-    for prompt, says in (("", "empty"), (" ", "empty"), ("abc", "<mask>"), ("<mask>" + "a" * 24, "25 tokens, the model takes 24")):
+    for prompt, says in (
+        ("", "empty"),
+        (" ", "empty"),
+        ("abc", "<mask>"),
+        ("<mask>" + "a" * 24, "25 tokens, the model takes 24"),
+    ):
         with pytest.raises(ValueError, match=says) as error:
             train.main([out, f"--sample={prompt}"])
         assert "\n" not in str(error.value)
@@ -237,10 +256,16 @@ def test_classify(corpora, tmp_path, capsys):
     """From a trained RoBERTa and from scratch: the labels are learnt, the gates are not told them, resume continues."""
     text, first, tuned = f"--dataset={corpora['text']}", tmp_path / "first", tmp_path / "tuned"
     train.main([*TINY, "--objective=roberta", text, f"--out_dir={first}", "--n_experts=2", "--gate=hash", "--seed=5"])
-    flags = [f for f in TINY if not re.match("--(n_|block|max)", f)] + ["--objective=classify", text, "--learning_rate=0.01"]
+    flags = [f for f in TINY if not re.match("--(n_|block|max)", f)] + [
+        "--objective=classify",
+        text,
+        "--learning_rate=0.01",
+    ]
     train.main([*flags, f"--init_from={first}", f"--out_dir={tuned}", "--max_steps=1", "--learning_rate=1e-9"])
     before, after = (dist.load(dist.latest(folder)) for folder in (first, tuned))
-    assert after["config"]["n_experts"] == 2 and after["config"]["gate"] == "hash" and after["config"]["block_size"] == 24
+    assert (
+        after["config"]["n_experts"] == 2 and after["config"]["gate"] == "hash" and after["config"]["block_size"] == 24
+    )
     for name, t in before["model"].items():  # the very weights and tables
         assert torch.allclose(t, after["model"][name], atol=1e-6), name
     capsys.readouterr()
@@ -257,11 +282,28 @@ def test_classify(corpora, tmp_path, capsys):
 
 
 def test_classify_starts_from_a_roberta_only(corpora, tmp_path):
-    train.main([*TINY, "--objective=translation", f"--dataset={corpora['pairs']}", f"--out_dir={tmp_path}", "--bleu_sentences=1"])
+    train.main(
+        [
+            *TINY,
+            "--objective=translation",
+            f"--dataset={corpora['pairs']}",
+            f"--out_dir={tmp_path}",
+            "--bleu_sentences=1",
+        ]
+    )
     with pytest.raises(ValueError, match="model for translation, fine-tuning needs --objective=roberta"):
-        train.main(["--objective=classify", f"--dataset={corpora['text']}", f"--init_from={tmp_path}", f"--out_dir={tmp_path}/new"])
+        train.main(
+            [
+                "--objective=classify",
+                f"--dataset={corpora['text']}",
+                f"--init_from={tmp_path}",
+                f"--out_dir={tmp_path}/new",
+            ]
+        )
     with pytest.raises(ValueError, match="no checkpoint"):
-        train.main(["--objective=classify", f"--dataset={corpora['text']}", "--init_from=nowhere", f"--out_dir={tmp_path}/new"])
+        train.main(
+            ["--objective=classify", f"--dataset={corpora['text']}", "--init_from=nowhere", f"--out_dir={tmp_path}/new"]
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,8 +399,10 @@ def test_ranks_translate_like_one_process(corpora):
 
 @pytest.mark.parametrize("translations, references, expected", [  # expected: sacrebleu 2.6.0, corpus_bleu's default
     (["The cat sat on the mat."], ["The cat is sitting on the mat."], 42.3837),
-    (["Zwei junge weiße Männer sind im Freien in der Nähe vieler Büsche.", "Mehrere Männer mit Schutzhelmen bedienen ein Antriebsradsystem."],
-     ["Zwei junge Männer sind draußen bei vielen Büschen.", "Mehrere Männer mit Schutzhelmen bedienen ein Rad."], 31.5491),
+    (["Zwei junge weiße Männer sind im Freien in der Nähe vieler Büsche.", "Mehrere Männer mit Schutzhelmen "
+                                                                           "bedienen ein Antriebsradsystem."],
+     ["Zwei junge Männer sind draußen bei vielen Büschen.", "Mehrere Männer mit Schutzhelmen bedienen ein "
+                                                            "Rad."], 31.5491),
     (["It's 3.5% (or 1,000.25) - isn't it? &quot;Yes&quot;, he said; A-1 and 1-A."],
      ["It's 3.5 % (or 1,000.25) - is it not? \"Yes\", he said: A-1 and 1-A."], 69.7431),
     (["a b c d e"], ["v w x y a"], 10.6822),
@@ -379,8 +423,10 @@ def test_bleu_by_hand():
     assert abs(bleu(c) - by_hand) < 1e-9
     short = counts("the cat is on", "the cat is on the mat")
     assert abs(bleu(short) - 100 * np.exp(1 - 6 / 4)) < 1e-9
-    assert bleu(c + short) == corpus_bleu(["the cat the cat on the mat", "the cat is on"], ["the cat is on the mat"] * 2)
-    assert words("Ja, 3,5 km/h! A-b 1-2 \"x\" l'été.") == "Ja , 3,5 km / h ! A-b 1 - 2 \" x \" l'été .".split()
+    assert bleu(c + short) == corpus_bleu(
+        ["the cat the cat on the mat", "the cat is on"], ["the cat is on the mat"] * 2
+    )
+    assert words('Ja, 3,5 km/h! A-b 1-2 "x" l\'été.') == 'Ja , 3,5 km / h ! A-b 1 - 2 " x " l\'été .'.split()
     with pytest.raises(ValueError, match="2 translations but 1 references"):
         corpus_bleu(["a", "b"], ["a"])
 
@@ -425,7 +471,11 @@ def test_batches_of_pairs(corpora):
         spread.append(int(length.max() - length.min()))
         for src, x, y in zip(batch["src"].tolist(), batch["x"].tolist(), batch["y"].tolist()):
             y = [t for t in y if t >= 0]
-            assert x[: len(y)] == [corpus.tok.bos] + y[:-1] and y[-1] == corpus.tok.eot and set(x[len(y) :]) <= {corpus.tok.pad}
+            assert (
+                x[: len(y)] == [corpus.tok.bos] + y[:-1]
+                and y[-1] == corpus.tok.eot
+                and set(x[len(y) :]) <= {corpus.tok.pad}
+            )
             text = corpus.tok.decode([t for t in src if t < corpus.tok.eot])
             assert corpus.tok.decode(y[:-1]) == text.upper()
             seen[text] += 1
@@ -434,7 +484,9 @@ def test_batches_of_pairs(corpora):
     assert n == corpus.meta["splits"]["test"]["tgt_tokens"] - 2  # less the pair that is too long
     logits = torch.randn(2, 3, 260)
     toy = lambda x, pick: (logits[pick], {})
-    nll, smooth, _, _, _ = train.task_loss(toy, dict(x=None, y=torch.tensor([[1, 2, -1], [3, -1, -1]])), label_smoothing=0.1)
+    nll, smooth, _, _, _ = train.task_loss(
+        toy, dict(x=None, y=torch.tensor([[1, 2, -1], [3, -1, -1]])), label_smoothing=0.1
+    )
     log_p = logits.log_softmax(2)[[0, 0, 1], [0, 1, 0]]
     assert torch.allclose(nll, -log_p[range(3), [1, 2, 3]]) and torch.allclose(smooth, 0.9 * nll - 0.1 * log_p.mean(1))
 

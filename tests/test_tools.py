@@ -1,4 +1,5 @@
 """bench.py and claims.py do what their heads say, at sizes where the numbers mean nothing."""
+
 import json
 import sys
 import xml.dom.minidom
@@ -26,7 +27,12 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
     claims.picture(tmp_path / "log.jsonl", tmp_path / "phases.svg")
     svg = xml.dom.minidom.parse(str(tmp_path / "phases.svg"))
     said = [t.firstChild.data for t in svg.getElementsByTagName("text")]
-    assert len(svg.getElementsByTagName("polyline")) == 3 and {"loss", "temperature", "experts per token", "hard"} <= set(said)
+    assert len(svg.getElementsByTagName("polyline")) == 3 and {
+        "loss",
+        "temperature",
+        "experts per token",
+        "hard",
+    } <= set(said)
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(step=1, loss=5.0)) + "\n")
     with pytest.raises(SystemExit, match="not the log of a run with --gate=dts"):
         claims.picture(tmp_path / "log.jsonl", tmp_path / "phases.svg")
@@ -34,7 +40,9 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
 
 def test_the_table_pairs_seeds(tmp_path, capsys):
     """Means, sample deviations and paired differences by hand: (1, 3) and (2, 6) differ by 1 and 3."""
-    run = lambda loss: dict(loss=loss, bleu=None, steps=10, seconds=1.0, rows=20.0, curve=[(1, 5.0, 0.0, 1.0), (10, loss, 1.0, 1.0)])
+    run = lambda loss: dict(
+        loss=loss, bleu=None, steps=10, seconds=1.0, rows=20.0, curve=[(1, 5.0, 0.0, 1.0), (10, loss, 1.0, 1.0)]
+    )
     results = {"switch": {"steps": [run(1.0), run(3.0)]}, "hash": {"steps": [run(2.0), run(6.0)]}}
     claims.table("gpt", results)
     out = capsys.readouterr().out

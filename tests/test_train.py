@@ -4,6 +4,7 @@ train.py as a user meets it: the documented commands, flags, bad input, interrup
 A command runs as a fork of this process, which has imported torch already: `python train.py ...` with its own signals,
 exit status and streams, without 6 s of imports. Where torchrun itself matters, it is the real one.
 """
+
 import base64
 import itertools
 import json
@@ -37,7 +38,8 @@ from router import gates
 
 ROOT = Path(train.__file__).parent
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=6 --warmup=2 --eval_every=0 "
-        "--eval_batches=2 --log_every=1 --save_every=0 --sample_tokens=5 --bleu_sentences=2 --beams=2 --device=cpu").split()  # fmt: skip
+        "--eval_batches=2 --log_every=1 --save_every=0 --sample_tokens=5 --bleu_sentences=2 --beams=2 "
+        "--device=cpu").split()  # fmt: skip
 OBJECTIVES = ["gpt", "roberta", "translation"]
 
 
@@ -55,8 +57,15 @@ def corpora(tmp_path_factory):
     split = lambda n: {"prose": texts(n), "code": [t.upper() for t in texts(n)]}
     write_text(str(folder / "text"), tok, {"train": split(40), "val": split(8)}, "a test")
     pairs = lambda n: [(t[:13], t[::-1][:11]) for t in texts(n)]
-    write_pairs(str(folder / "pairs"), tok, ("en", "ne"), {"train": pairs(80), "val": pairs(12), "test": pairs(9)}, "a test")
-    return {"gpt": folder / "text", "roberta": folder / "text", "classify": folder / "text", "translation": folder / "pairs"}
+    write_pairs(
+        str(folder / "pairs"), tok, ("en", "ne"), {"train": pairs(80), "val": pairs(12), "test": pairs(9)}, "a test"
+    )
+    return {
+        "gpt": folder / "text",
+        "roberta": folder / "text",
+        "classify": folder / "text",
+        "translation": folder / "pairs",
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +252,9 @@ def snapshot(folder):
     (["--weight_decay=-1"], ["--weight_decay=-1"]),
     (["--grad_clip=nan"], ["--grad_clip=nan"]),
     (["--seed=-1"], ["--seed=-1"]),
-    (["--warmup=-5"], ["--warmup=-5"]), (["--seed=10000000000000"], ["--seed=10000000000000", "from 0 to"]), (["--out_dir="], ["--out_dir="]),
+    (["--warmup=-5"], ["--warmup=-5"]),
+    (["--seed=10000000000000"], ["--seed=10000000000000", "from 0 to"]),
+    (["--out_dir="], ["--out_dir="]),
     (["--shard_by_domain"], ["--shard_by_domain", "several nodes"]),
     (["--eval_every=-5"], ["--eval_every=-5"]),
     (["--temperature=-1"], ["--temperature=-1"]),
@@ -272,12 +283,16 @@ def test_a_wrong_flag_is_one_line(argv, parts, corpora, tmp_path):
 
 
 def test_flags_are_typed_and_documented(capsys):
-    given = train.parse(["--learning_rate=1", "--bias", "--n_layer=3", "--compile=false", "--gate_args=a=1,b=2", "--sample="])
+    given = train.parse(
+        ["--learning_rate=1", "--bias", "--n_layer=3", "--compile=false", "--gate_args=a=1,b=2", "--sample="]
+    )
     assert given == dict(learning_rate=1.0, bias=True, n_layer=3, compile=False, gate_args="a=1,b=2", sample="")
     assert isinstance(given["learning_rate"], float)
     text = train.help_text()
     for field in train.dataclasses.fields(train.Config):
-        assert re.search(rf"^  --{field.name}=.*\S  +\S.*|^  --{field.name}=\S* +\S", text, re.M), f"{field.name} has no comment"
+        assert re.search(rf"^  --{field.name}=.*\S  +\S.*|^  --{field.name}=\S* +\S", text, re.M), (
+            f"{field.name} has no comment"
+        )
 
 
 def test_help_and_errors_of_the_script(tmp_path, corpora):
@@ -326,7 +341,11 @@ def short(split, tokens):
 
     def apply(folder):
         rewrite(f"{split}.bin", lambda data: data[: 2 * tokens])(folder)
-        edit_meta(lambda m: m["splits"].__setitem__(split, dict(tokens=tokens, bytes=tokens, domains={"all": [0, tokens, tokens]})))(folder)
+        edit_meta(
+            lambda m: m["splits"].__setitem__(
+                split, dict(tokens=tokens, bytes=tokens, domains={"all": [0, tokens, tokens]})
+            )
+        )(folder)
 
     return apply
 
@@ -342,7 +361,11 @@ BAD_DATA = {
     "meta.json missing": ("gpt", lambda f: (f / "meta.json").unlink(), ["meta.json is missing"]),
     "meta.json damaged": ("gpt", rewrite("meta.json", lambda d: d[:50]), ["meta.json is damaged"]),
     "meta.json without a size": ("gpt", edit_meta(lambda m: m["splits"]["val"].pop("bytes")), ["meta.json is damaged"]),
-    "domains beyond the text": ("gpt", edit_meta(lambda m: m["splits"]["val"]["domains"].update(code=[0, 10**6, 1])), ["meta.json is damaged"]),
+    "domains beyond the text": (
+        "gpt",
+        edit_meta(lambda m: m["splits"]["val"]["domains"].update(code=[0, 10**6, 1])),
+        ["meta.json is damaged"],
+    ),
     "another number type": ("gpt", edit_meta(lambda m: m.update(dtype="float33")), ["meta.json is damaged"]),
     "meta.json without domains": ("gpt", edit_meta(lambda m: m["splits"]["train"].pop("domains")), ["meta.json"]),
     "no held-out split": ("gpt", edit_meta(lambda m: m["splits"].pop("val")), ["val"]),
@@ -405,7 +428,8 @@ def flip(path):
 @pytest.mark.parametrize("how", ["truncated", "bit-flipped", "empty", "not ours"])
 def test_a_damaged_checkpoint(how, trained, tmp_path, capsys):
     """The one before it is used, with a warning; when none is left, one line."""
-    change = {"truncated": lambda p: p.write_bytes(p.read_bytes()[:-500]), "bit-flipped": flip, "empty": lambda p: p.write_bytes(b""),
+    change = {"truncated": lambda p: p.write_bytes(p.read_bytes()[:-500]), "bit-flipped": flip,
+              "empty": lambda p: p.write_bytes(b""),
               "not ours": lambda p: torch.save({"weights": torch.ones(2)}, p)}[how]  # fmt: skip
     out = copy_of(trained, tmp_path)
     change(out / LAST)
@@ -442,6 +466,7 @@ def test_a_checkpoint_from_another_config_names_the_fields(trained, tmp_path):
 
 def test_another_vocabulary(trained, corpora, tmp_path):
     """The corpus was prepared again, in another way, since."""
+
     def more_tokens(meta):
         meta["tokenizer"], meta["vocab_size"] = "bpe", 261
 
@@ -456,8 +481,13 @@ def test_another_vocabulary(trained, corpora, tmp_path):
     dist.save(out / LAST, state)
     with pytest.raises(ValueError, match="another vocabulary"):
         train.main([f"--out_dir={out}", "--eval_only"])
-    folder, tok = tmp_path / "other", Tokenizer("bpe", [bytes([255 - i]) for i in range(256)])  # as large, but other tokens
-    write_text(str(folder), tok, {"train": {"all": ["what else " * 9] * 9}, "val": {"all": ["what else " * 9] * 9}}, "a test")
+    folder, tok = (
+        tmp_path / "other",
+        Tokenizer("bpe", [bytes([255 - i]) for i in range(256)]),
+    )  # as large, but other tokens
+    write_text(
+        str(folder), tok, {"train": {"all": ["what else " * 9] * 9}, "val": {"all": ["what else " * 9] * 9}}, "a test"
+    )
     with pytest.raises(ValueError, match="another vocabulary"):
         train.main([f"--out_dir={copy_of(trained, tmp_path / 'b')}", "--eval_only", f"--dataset={folder}"])
 
@@ -496,8 +526,21 @@ def test_a_spoiled_log_does_not_stop_a_resume(trained, tmp_path):
 def test_flags_that_fit_the_checkpoint_fit(corpora, tmp_path):
     """They are not held against the defaults of a fresh run, whose batches are smaller and heads more."""
     out = tmp_path / "out"
-    train.main(flags(corpora, out, "--n_embd=15", "--n_head=1", "--n_layer=1", "--moe_every=1", "--batch_size=64", "--max_steps=2"))
-    train.main([f"--out_dir={out}", "--init_from=resume", "--grad_accum=32", "--n_embd=15", "--n_layer=1", "--max_steps=3"])
+    train.main(
+        flags(
+            corpora,
+            out,
+            "--n_embd=15",
+            "--n_head=1",
+            "--n_layer=1",
+            "--moe_every=1",
+            "--batch_size=64",
+            "--max_steps=2",
+        )
+    )
+    train.main(
+        [f"--out_dir={out}", "--init_from=resume", "--grad_accum=32", "--n_embd=15", "--n_layer=1", "--max_steps=3"]
+    )
     assert newest(out)["step"] == 3
 
 
@@ -550,13 +593,21 @@ def test_nan_names_the_step_and_the_last_good_checkpoint(corpora, tmp_path):
     with pytest.raises(ValueError, match="not finite at step [1-4]; there is no checkpoint yet"):
         train.main(flags(corpora, tmp_path / "a", "--learning_rate=1e30", "--grad_clip=0", "--warmup=0"))
     with pytest.raises(ValueError, match="not finite at step"):
-        train.main(flags(corpora, tmp_path / "d", "--gate=gumbelmatching", "--learning_rate=1e30", "--grad_clip=0", "--warmup=0"))
+        train.main(
+            flags(
+                corpora, tmp_path / "d", "--gate=gumbelmatching", "--learning_rate=1e30", "--grad_clip=0", "--warmup=0"
+            )
+        )
     out = tmp_path / "b"
-    with pytest.raises(ValueError, match="loss or its gradient is not finite at step 2; the last good checkpoint is step 1 "):
+    with pytest.raises(
+        ValueError, match="loss or its gradient is not finite at step 2; the last good checkpoint is step 1 "
+    ):
         train.main(flags(corpora, out, "--learning_rate=1e25", "--grad_clip=0", "--warmup=0", "--save_every=1"))
     assert newest(out)["step"] == 1
     with pytest.raises(ValueError, match="weights are not finite at step 1; there is no checkpoint yet"):
-        train.main(flags(corpora, tmp_path / "c", "--learning_rate=1e300", "--grad_clip=0", "--warmup=0", "--save_every=1"))
+        train.main(
+            flags(corpora, tmp_path / "c", "--learning_rate=1e300", "--grad_clip=0", "--warmup=0", "--save_every=1")
+        )
     assert dist.latest(tmp_path / "c") is None
 
 
@@ -578,7 +629,11 @@ def train_all(rank, world, runs):
     """Child process, one rank of `world`: every run (port, flags) in turn."""
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
-    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost") if world > 1 else {}
+    names = (
+        dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost")
+        if world > 1
+        else {}
+    )
     for port, argv in runs:
         os.environ.update({k: str(v) for k, v in names.items()} | {"MASTER_PORT": str(port)})
         train.main(argv)
@@ -606,10 +661,23 @@ def test_every_gate_in_the_training_loop(gate, corpora, tmp_path, request):
     for turn, o in itertools.product(range(request.config.getoption("--turns")), range(3)):
         i = o + sorted(gates()).index(gate)
         objective, world = OBJECTIVES[o], [1, 2, 4][(i + turn) % 3]
-        mode = [[], ["--capacity_factor=0.7"], ["--dtype=bfloat16"], ["--capacity_factor=0.7", "--dtype=bfloat16"]][(i + turn // 3) % 4]
-        argv = [f"--gate={gate}", "--n_experts=4", "--insist", "--save_every=3", "--beams=1", "--bleu_sentences=1", "--eval_batches=1", *mode]
+        mode = [[], ["--capacity_factor=0.7"], ["--dtype=bfloat16"], ["--capacity_factor=0.7", "--dtype=bfloat16"]][
+            (i + turn // 3) % 4
+        ]
+        argv = [
+            f"--gate={gate}",
+            "--n_experts=4",
+            "--insist",
+            "--save_every=3",
+            "--beams=1",
+            "--bleu_sentences=1",
+            "--eval_batches=1",
+            *mode,
+        ]
         name = lambda kind: tmp_path / kind / f"{objective}-{world}-{turn}"
-        whole[world].append(flags(corpora, name("whole"), *argv, *["--dropout=0.1"] * (world == 1), objective=objective))
+        whole[world].append(
+            flags(corpora, name("whole"), *argv, *["--dropout=0.1"] * (world == 1), objective=objective)
+        )
         again[world].append([f"--out_dir={name('again')}", "--init_from=resume"])
         if world > 1:
             twins.append((name("twin"), name("whole"), 0.02 if "--dtype=bfloat16" in mode else 1e-4))
@@ -644,7 +712,8 @@ def test_the_spawn_on_more_processes_than_the_run_began_with(world, corpora, tmp
 
 
 @pytest.mark.parametrize("more", [
-    ["--grad_accum=2"], ["--capacity_factor=0.7", "--groups=2"], ["--n_experts=1"], ["--dtype=bfloat16", "--bias"], ["--bias"],
+    ["--grad_accum=2"], ["--capacity_factor=0.7", "--groups=2"], ["--n_experts=1"], ["--dtype=bfloat16", "--bias"],
+    ["--bias"],
     ["--gate=dts", "--diversify=0.34", "--gate_args=anneal=0.25,hard=0.5"],
     ["--gate=dts", "--diversify=0.67", "--gate_args=anneal=0.5,hard=0.75"],
     ["--schedule=inverse_sqrt", "--grad_clip=0", "--moe_every=1"],
@@ -653,10 +722,12 @@ def test_resume_is_bit_for_bit(more, corpora, tmp_path):
     resume_equals(corpora, tmp_path, "gpt", *more)
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM] * 2, [signal.SIGHUP], [signal.SIGINT, signal.SIGTERM]])
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGINT], [signal.SIGTERM] * 2, [signal.SIGHUP], [signal.SIGINT, signal.SIGTERM]]
+)
 def test_stopped_by_a_signal(numbers, trained, corpora, tmp_path, monkeypatch):
-    """Ctrl-C, SIGTERM and SIGHUP, also sent twice at once, as a worker gets them from the terminal and from torchrun: the
-    step at hand is finished and saved; the log continues without a gap or a double."""
+    """Ctrl-C, SIGTERM and SIGHUP, also sent twice at once, as a worker gets them from the terminal and from torchrun:
+    the step at hand is finished and saved; the log continues without a gap or a double."""
     real, out = LanguageModelling.train_batch, tmp_path / "out"
 
     def interrupt(self, step, *more):
@@ -701,7 +772,16 @@ def test_gradient_accumulation_equals_one_big_batch(objective, corpora, tmp_path
     """Also with ragged numbers of targets (masks, padding)."""
     knobs = "balance=0" if objective == "translation" else "balance=0,z=0.1"  # a mean of means, where padding is ragged
     for n in (1, 2, 4):
-        train.main(flags(corpora, tmp_path / str(n), "--gate=topk", f"--gate_args={knobs}", f"--grad_accum={n}", objective=objective))
+        train.main(
+            flags(
+                corpora,
+                tmp_path / str(n),
+                "--gate=topk",
+                f"--gate_args={knobs}",
+                f"--grad_accum={n}",
+                objective=objective,
+            )
+        )
         assert_close_run(tmp_path / "1", tmp_path / str(n))
 
 
@@ -710,9 +790,12 @@ def test_gradient_accumulation_equals_one_big_batch(objective, corpora, tmp_path
 
 
 @pytest.mark.parametrize("objective, world, more", [
-    ("gpt", 2, ["--gate=switch"]), ("gpt", 4, ["--gate=gshard", "--ep=2"]), ("roberta", 2, ["--gate=topk", "--grad_accum=2"]),
-    ("translation", 2, ["--gate=noisytopk"]), ("gpt", 4, ["--gate=dts", "--diversify=0.34", "--gate_args=anneal=0.25,hard=0.5"]),
-    ("gpt", 4, ["--n_experts=1"]), ("gpt", 4, ["--ranks_per_node=2", "--two_level"]), ("gpt", 2, ["--ranks_per_node=1", "--groups=2"]),
+    ("gpt", 2, ["--gate=switch"]), ("gpt", 4, ["--gate=gshard", "--ep=2"]), 
+    ("roberta", 2, ["--gate=topk", "--grad_accum=2"]),
+    ("translation", 2, ["--gate=noisytopk"]),
+    ("gpt", 4, ["--gate=dts", "--diversify=0.34", "--gate_args=anneal=0.25,hard=0.5"]),
+    ("gpt", 4, ["--n_experts=1"]), ("gpt", 4, ["--ranks_per_node=2", "--two_level"]),
+    ("gpt", 2, ["--ranks_per_node=1", "--groups=2"]),
     ("gpt", 2, ["--gate=topk", "--permute=0.67"]),
 ], ids=lambda v: " ".join(v) if isinstance(v, list) else str(v))  # fmt: skip
 def test_many_processes_equal_one(objective, world, more, corpora, tmp_path):
@@ -767,7 +850,12 @@ def test_bad_numbers_of_processes(corpora, tmp_path):
     refuse(flags(corpora, tmp_path / "out", "--dataset=nothing"), tmp_path, "--dataset=nothing", world=2)
     refuse(flags(corpora, tmp_path / "out", "--init_from=resume"), tmp_path, "no checkpoint", world=2)
     refuse(flags(corpora, "/proc/nowhere"), tmp_path, "/proc/nowhere", world=2)
-    refuse(flags(corpora, tmp_path / "nan", "--learning_rate=1e30", "--grad_clip=0", "--warmup=0"), tmp_path, "not finite", world=2)
+    refuse(
+        flags(corpora, tmp_path / "nan", "--learning_rate=1e30", "--grad_clip=0", "--warmup=0"),
+        tmp_path,
+        "not finite",
+        world=2,
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -785,7 +873,9 @@ def test_torchrun_recovers_from_a_killed_worker(trained, corpora, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3"]
     argv = flags(corpora, tmp_path / "out", "--save_every=10", "--max_steps=100", "--log_every=10")
     with open(tmp_path / "stdout.txt", "w") as f:
-        launch = subprocess.Popen([*torchrun, str(ROOT / "train.py"), *argv], stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        launch = subprocess.Popen(
+            [*torchrun, str(ROOT / "train.py"), *argv], stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
     text = lambda: (tmp_path / "stdout.txt").read_text()
     end = time.time() + 90
     while "step    20/" not in text():
@@ -831,11 +921,16 @@ def documented():
     text += "\n" + "\n".join(re.findall(r"^    ((?:python|torchrun) .*?)(?:  +.*)?$", train.__doc__, re.M))
     commands = []
     for line in re.sub(r"\\\n", " ", text).splitlines():
-        commands += [part.strip() for part in re.split(r"&&", line.split("  #")[0]) if part.strip() and part.strip()[0] != "#"]
+        commands += [
+            part.strip() for part in re.split(r"&&", line.split("  #")[0]) if part.strip() and part.strip()[0] != "#"
+        ]
     return list(dict.fromkeys(commands))
 
 
-ELSEWHERE = r"(pip install|python -m venv|source|git clone|cd|ls|cat|python -m pytest|pytest|python data/|python tests/|nvidia-smi)\b"
+ELSEWHERE = (
+    r"(pip install|python -m venv|source|git clone|cd|ls|cat|python -m pytest|pytest|python router.py|python data/|"
+    r"python tests/|nvidia-smi)\b"
+)
 
 
 @pytest.mark.parametrize("command", [c for c in documented() if re.match(r"(python|torchrun) .*train\.py", c)])
@@ -851,7 +946,11 @@ def test_documented_command(command, trained, corpora, tmp_path):
         argv += ["--max_steps=8"] if "max_steps" in given else []
     else:
         objective = given.get("objective", "gpt")
-        argv = [*words[at + 1 :], *flags(corpora, tmp_path / "here", "--max_steps=2", objective=objective), f"--batch_size={4 * max(1, world)}"]
+        argv = [
+            *words[at + 1 :],
+            *flags(corpora, tmp_path / "here", "--max_steps=2", objective=objective),
+            f"--batch_size={4 * max(1, world)}",
+        ]
         argv += ["--compile=false"] if given.get("compile") else []
         for folder in (given.get("init_from", "scratch"), given.get("teacher", "")):
             if folder not in ("scratch", "") and not folder.startswith("gpt2"):  # the folder of a dense run

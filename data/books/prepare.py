@@ -14,6 +14,7 @@ The tokenizer is GPT-2's if it can be had, otherwise BPE: a text of this size ca
 Expect    train  55 books   45,017,903 bytes   10,894,919 tokens (gpt2)   11,482,732 (bpe of 8192)
           val     4          2,068,815            500,698                   533,830
 """
+
 import os
 import sys
 import tarfile
@@ -25,8 +26,12 @@ from data.download import fetch, run
 from data.files import write_text
 
 URL = "https://codeload.github.com/mlschmitt/classic-books-markdown/tar.gz/refs/heads/main"
-HELD_OUT = {"Charles Dickens/Hard Times.md", "Jane Austen/Persuasion.md",
-            "Mark Twain/The Prince and the Pauper.md", "Thomas Hardy/The Mayor of Casterbridge.md"}
+HELD_OUT = {
+    "Charles Dickens/Hard Times.md",
+    "Jane Austen/Persuasion.md",
+    "Mark Twain/The Prince and the Pauper.md",
+    "Thomas Hardy/The Mayor of Casterbridge.md",
+}
 
 
 def books(path):
@@ -38,8 +43,8 @@ def books(path):
                 if member.isfile() and member.name.endswith(".md"):
                     text = archive.extractfile(member).read().decode("utf-8").replace("\r\n", "\n")
                     _, ruler, text = text.partition("\n-------\n")
-                    if ruler:                                    # else it is about the archive, not a book
-                        name = "/".join(member.name.split("/")[-2:])        # GitHub puts a folder on top
+                    if ruler:  # else it is about the archive, not a book
+                        name = "/".join(member.name.split("/")[-2:])  # GitHub puts a folder on top
                         found[name] = text.strip() + "\n"
     except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is damaged: {e}") from None

@@ -12,6 +12,7 @@ Expect    train  50,000 pairs   en  698,785 tokens   de  732,398 tokens
           val     1,000               14,195               14,808
           test    1,000               14,016               14,676
 """
+
 import os
 import sys
 
@@ -27,7 +28,7 @@ def main(args):
         raise ValueError(f"--pairs={args.pairs} and --held_out={args.held_out} must be at least 1")
     n, pairs = args.held_out, corpus(args.pairs + 2 * args.held_out)
     # the held-out pairs are drawn first, so they are the same for any --pairs
-    splits = {"train": pairs[2 * n:], "val": pairs[:n], "test": pairs[n:2 * n]}
+    splits = {"train": pairs[2 * n :], "val": pairs[:n], "test": pairs[n : 2 * n]}
     tok = make_tokenizer(args.tokenizer, args.vocab_size, (text for pair in splits["train"] for text in pair))
     write_pairs(args.out_dir, tok, ("en", "de"), splits, "data/grammar/grammar.py")
 

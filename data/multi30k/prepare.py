@@ -14,6 +14,7 @@ Expect    train  29,000 pairs   en  443,430 tokens   de  458,517 tokens
           val     1,014               15,667               16,583
           test    1,000               15,198               15,346
 """
+
 import os
 import sys
 
@@ -47,5 +48,12 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, __file__, __doc__, data_dir="", pair=("en-de", "en-fr", "de-en", "fr-en"), tokenizer=TOKENIZERS,
-        vocab_size=8192)
+    run(
+        main,
+        __file__,
+        __doc__,
+        data_dir="",
+        pair=("en-de", "en-fr", "de-en", "fr-en"),
+        tokenizer=TOKENIZERS,
+        vocab_size=8192,
+    )

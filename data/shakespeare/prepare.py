@@ -12,6 +12,7 @@ byte: nats per character / ln 2, as the file is pure ASCII).
 Expect    train 1,003,854 bytes    411,599 tokens (bpe)
           val     111,540 bytes     49,448 tokens
 """
+
 import os
 import sys
 

@@ -27,6 +27,7 @@ files, so code that neither pre-training nor fine-tuning has seen.
 A tenth of all files and topics is held out, in both domains at once: no held-out module is seen in training,
 as code or as docstring. The standard library quotes itself, so a paragraph met before is dropped.
 """
+
 import ast
 import hashlib
 import os
@@ -41,8 +42,20 @@ from data.bpe import TOKENIZERS, make_tokenizer
 from data.download import run
 from data.files import write_text
 
-SKIP = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data", "distutils",
-        "ensurepip", "site-packages", "dist-packages", "__pycache__"}
+SKIP = {
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "distutils",
+    "ensurepip",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 PACKAGES = "asyncio", "email", "importlib", "multiprocessing", "tkinter", "unittest", "xml"
 
 
@@ -68,8 +81,12 @@ def sources():
 def is_prose(paragraph):
     """Sentences, not signatures, tables, doctests or lists of names."""
     words = re.findall(r"(?<!\S)[(\"']?[A-Za-z][a-z'-]*[.,;:?!)\"']*(?!\S)", paragraph)
-    return (len(words) >= 8 and len(words) >= 0.75 * len(paragraph.split())
-            and paragraph.rstrip()[-1] in ".:?!)" and ">>>" not in paragraph)
+    return (
+        len(words) >= 8
+        and len(words) >= 0.75 * len(paragraph.split())
+        and paragraph.rstrip()[-1] in ".:?!)"
+        and ">>>" not in paragraph
+    )
 
 
 def prose(text, seen):
@@ -98,12 +115,12 @@ def split_source(text):
             continue
         docs.append(doc)
         first, last = node.body[0].lineno - 1, node.body[0].end_lineno - 1
-        head, tail = lines[first][:node.body[0].col_offset], lines[last][node.body[0].end_col_offset:]
+        head, tail = lines[first][: node.body[0].col_offset], lines[last][node.body[0].end_col_offset :]
         alone = len(node.body) == 1 and node is not tree
         rest = head + b"pass" * alone + tail
-        lines[first:last + 1] = [rest if rest.strip() else b""] + [b""] * (last - first)    # keeps numbers
+        lines[first : last + 1] = [rest if rest.strip() else b""] + [b""] * (last - first)  # keeps numbers
     code = re.sub(r"[ \t\f]+\n", "\n", b"".join(lines).decode())
-    code = re.sub(r":\n\n+", ":\n", re.sub(r"\n{4,}", "\n\n\n", code))     # the holes where docstrings were
+    code = re.sub(r":\n\n+", ":\n", re.sub(r"\n{4,}", "\n\n\n", code))  # the holes where docstrings were
     return "\n\n".join(docs), code.strip() + "\n"
 
 
@@ -111,17 +128,19 @@ def main(args):
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        topics = {}                              # some distributions leave them out; the docstrings remain
+        topics = {}  # some distributions leave them out; the docstrings remain
     files = sources()
     if not files:
-        raise FileNotFoundError(f"no source code in {sysconfig.get_paths()['stdlib']}: this Python comes "
-                                "without it, so prepare another corpus, say data/shakespeare")
+        raise FileNotFoundError(
+            f"no source code in {sysconfig.get_paths()['stdlib']}: this Python comes "
+            "without it, so prepare another corpus, say data/shakespeare"
+        )
     if args.limit:
-        topics, files = ({name: d[name] for name in list(d)[:args.limit]} for d in (topics, files))
+        topics, files = ({name: d[name] for name in list(d)[: args.limit]} for d in (topics, files))
 
     splits = {split: {"prose": [], "code": []} for split in ("train", "val")}
     packages = {split: {package: [] for package in PACKAGES} for split in ("train", "val")}
-    seen = set()     # topics quote each other, modules their cousins: a paragraph stays where it is first met
+    seen = set()  # topics quote each other, modules their cousins: a paragraph stays where it is first met
     for name, text in sorted(topics.items()):
         if text := prose(text, seen):
             splits["val" if held_out(name) else "train"]["prose"].append(text)

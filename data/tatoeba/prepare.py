@@ -14,6 +14,7 @@ Expect    train  167,303 pairs   en  1,610,638 tokens   de  1,710,060 tokens    
           val      1,000                 9,764               10,352
           test     1,000                 9,739               10,198
 """
+
 import os
 import random
 import sys
@@ -50,7 +51,7 @@ def split_by_source(pairs, held_out):
     for en, de in pairs:
         first.setdefault(en, de)
     for i, split in enumerate(("val", "test")):
-        splits[split] = [(en, first.pop(en)) for en in sources[i * held_out:(i + 1) * held_out]]
+        splits[split] = [(en, first.pop(en)) for en in sources[i * held_out : (i + 1) * held_out]]
     return {"train": [pair for pair in pairs if pair[0] in first], **splits}
 
 

@@ -13,6 +13,7 @@ Expect    train  600 articles   10,797,148 bytes   2,687,419 tokens (bpe)
           val     60             1,121,681           283,201
           test    60             1,256,449           323,009
 """
+
 import os
 import re
 import sys
@@ -38,8 +39,10 @@ def articles(text):
 
 
 def main(args):
-    splits = {split: {"wikitext2": articles(read_text(fetch(name, URL + name, args, sha256)))}
-              for split, (name, sha256) in FILES.items()}
+    splits = {
+        split: {"wikitext2": articles(read_text(fetch(name, URL + name, args, sha256)))}
+        for split, (name, sha256) in FILES.items()
+    }
     tok = make_tokenizer(args.tokenizer, args.vocab_size, splits["train"]["wikitext2"])
     write_text(args.out_dir, tok, splits, URL)
 
