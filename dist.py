@@ -1,5 +1,6 @@
 """
-Expert parallelism and checkpoints: the only file that talks to other ranks. `torchrun train.py` equals one process.
+Expert parallelism: the only file that talks to other ranks. `torchrun train.py` equals one process. (A gate is told
+through router.Place what it may know about them.)
 
     world = data parallel x expert parallel, for 8 ranks and ep = 4, two ranks a node:
 
@@ -13,20 +14,19 @@ Decisions, each with what was measured (2 CPU cores, gloo) or what went wrong el
 
 * A rank's loss is its share of the global loss (local sum / global target count), so gradients are only
   summed, never divided. Means of per-rank means were 100% to 160% off with ragged target counts; experts
-  that were divided once too often showed a loss curve that looked fine: Adam divides a gradient by its own
-  size (m / sqrt(v)), so a constant factor cancels. Test gradients directly, or with SGD.
+  that were divided once too often showed a loss curve that looked fine.
 * Moving rows is a permutation, and the transpose of a permutation is its inverse: the backward of
   to_experts is to_tokens and the other way round. One autograd function; public all_to_all_single only.
 * One exchange of counts a layer, never computed twice: with a wrong split gloo delivers garbage silently.
 * Every rank takes part in every backward exchange, whatever the code between the exchanges returns (see
-  AllToAll): a rank without rows that steps out of the graph hangs all others.
-* Two-level exchange (Tutel's 2D hierarchical all-to-all, arXiv 2206.03382): the same bytes between nodes
-  in fewer, larger messages. With 4 nodes of 8 ranks, a rank's 31 messages become 7 within its node and 3
-  between nodes, at the price of moving most rows twice. No gain on one machine (5.6 against 5.75 ms).
-* Gradients travel as one flat message per group: 217 ms a step against 326 per tensor and 238 with DDP.
+  AllToAll's link): a rank without rows that steps out of the graph hangs all others.
+* Two-level exchange (Tutel's 2D hierarchical all-to-all, arXiv 2206.03382): fewer, larger messages, see `exchange`.
+  No gain on one machine (5.6 against 5.75 ms); it is for slow networks.
+* Gradients are summed as one flat message per group: 217 ms a step against 326 per tensor and 238 with DDP.
   The message never depends on which gradients exist, because its layout decides the rounding.
 * Detect NaN with a sum: gloo's MAX swallows a NaN, depending on the rank that has it.
 * A module is marked by its attribute `sharded`, not its parameters: copy.deepcopy loses their attributes.
+* An error that one rank meets is told to all (`on_all`), or the others would wait for it until the timeout.
 * Checkpoints hold all experts by global id in one file, so any number of ranks can load it. torch.load
   does not verify checksums (one flipped bit loads silently), zipfile.testzip does: 0.05 s per 100 MB.
 * torchrun keeps one store over restarts and gloo then dials dead peers (13 of 19 restarts failed): a
@@ -46,26 +46,22 @@ from math import gcd
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows
-
 import torch
 import torch.distributed as td
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-
-class EverybodysError(ValueError):
-    """An error that every rank raises alike, so that nobody waits for one who has left; rank 0 prints it."""
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class Back(NamedTuple):
-    """What to_tokens needs to bring the rows back."""
+    """What to_tokens needs to send the rows back to their sources."""
 
     table: torch.Tensor  # (ep, E) int64 on the device: rows from each rank of the ep group
-    sizes: torch.Tensor | None  # (ep source, ep target, E/ep) the same on the CPU; None when nothing travels
-    link: torch.Tensor | None  # a zero that links the way back to the way there, see AllToAll
+    sizes: torch.Tensor | None  # (ep source, ep target, E/ep) the same on the CPU; None when nothing is sent
+    link: torch.Tensor | None  # a zero that links the second exchange to the first, see AllToAll
 
 
 @dataclass(eq=False)
@@ -75,7 +71,7 @@ class Mesh:
     rank: int = 0
     world: int = 1
     ep: int = 1  # ranks that share one set of experts
-    ranks_per_node: int = 1  # real nodes or played ones
+    ranks_per_node: int = 1  # nodes are real or simulated
     device: torch.device = torch.device("cpu")
     two_level: bool = False  # exchange within nodes first, then between nodes
     process_groups: dict = field(default_factory=dict)  # "ep", "dp"; "intra", "inter" if ep spans nodes
@@ -120,19 +116,20 @@ class Mesh:
         return box
 
     def on_all(self, action):
-        """action() on every rank -> each rank's own value. A ValueError or OSError of any of them is everybody's."""
+        """action() on every rank -> its value. A ValueError or OSError of one rank is raised on all of them, so
+        that nobody waits for a rank that has left; the message names the process unless it is the first."""
         value = error = None
         try:
             value = action()
         except (ValueError, OSError) as e:
-            error = str(e)
+            error = str(e) or type(e).__name__
         for rank, error in enumerate(self.from_all(error)):
             if error:
                 raise EverybodysError(error if rank == 0 else f"{error} (process {rank})")
         return value
 
     def on_main(self, action):
-        """action() on rank 0 only; all ranks get its value (small, picklable), or its error."""
+        """action() on rank 0 only -> its value (small, picklable), or its error, on every rank."""
         return self.from_main(self.on_all(lambda: action() if self.main else None))
 
     def barrier(self):
@@ -171,7 +168,8 @@ class Mesh:
     def traffic(self, table, row_bytes):
         """Rows this rank sends, by distance: 0-dim tensors tokens_rank, tokens_node, tokens_far and bytes_*.
 
-        One way, by final target (the way back is the same again, so is backward). Sum over ranks to log.
+        One exchange, by final target; a layer makes four of this size (to experts, to tokens, and backward). Sum over
+        ranks to log.
         """
         sent = table[self.ep_rank].view(self.ep, -1).sum(1)
         peer = torch.arange(self.ep, device=table.device) + self.rank - self.ep_rank
@@ -188,6 +186,10 @@ class Mesh:
         """Sum gradients: dense over the world, experts over their replicas (the exchange summed the rest).
 
         A missing gradient counts as zero and becomes zero: AdamW then does the same on any number of ranks.
+
+        Why tests compare gradients (or train with SGD): Adam steps by m / sqrt(v), a mean of gradients over the root of
+        a mean of their squares. A constant factor c makes it c m / sqrt(c^2 v), the same step: experts summed twice
+        would train as if nothing were wrong.
         """
         experts = expert_ids(model)
         params = [p for p in model.parameters() if p.requires_grad]
@@ -240,70 +242,116 @@ class Mesh:
 def layout(world, n_experts, ep=0, ranks_per_node=0, two_level=False):
     """Checked (ep, ranks per node). The defaults: the largest ep that fits, one node."""
     both = gcd(world, n_experts or 1)
-    ep, local = ep or both, ranks_per_node or world
+    ep, ranks_per_node = ep or both, ranks_per_node or world
     for name, n, of, what in (
         ("ep", ep, both, f"{world} ranks and the {n_experts} experts"),
-        ("ranks_per_node", local, world, f"{world} ranks"),
+        ("ranks_per_node", ranks_per_node, world, f"{world} ranks"),
     ):
         if n < 1 or of % n:
             good = ", ".join(str(n) for n in range(1, of + 1) if of % n == 0)
             raise ValueError(f"{name}={n} must divide the {what}: choose from {good}")
-    if two_level and ep % local and local % ep:
-        raise ValueError(f"two_level needs ep={ep} to be a multiple or a divisor of ranks_per_node={local}")
-    return ep, local
+    if two_level and ep % ranks_per_node and ranks_per_node % ep:
+        raise ValueError(f"two_level needs ep={ep} to be a multiple or a divisor of ranks_per_node={ranks_per_node}")
+    return ep, ranks_per_node
 
 
 def make_mesh(rank, world, n_experts, ep=0, ranks_per_node=0, device="cpu", two_level=False, timeout=600):
     """The mesh on top of an existing process group: every rank builds all groups, in the same order."""
-    ep, local = layout(world, n_experts, ep, ranks_per_node, two_level)
-    mesh = Mesh(rank, world, ep, local, torch.device(device), two_level)
+    ep, m = layout(world, n_experts, ep, ranks_per_node, two_level)
+    mesh = Mesh(rank, world, ep, m, torch.device(device), two_level)
     lists = {"ep": [range(s, s + ep) for s in range(0, world, ep)], "dp": [range(s, world, ep) for s in range(ep)]}
-    if ep > local and ep % local == 0:
-        lists["intra"] = [range(s, s + local) for s in range(0, world, local)]
-        lists["inter"] = [range(s + i, s + ep, local) for s in range(0, world, ep) for i in range(local)]
+    if ep > m and ep % m == 0:
+        lists["intra"] = [range(s, s + m) for s in range(0, world, m)]
+        lists["inter"] = [range(s + i, s + ep, m) for s in range(0, world, ep) for i in range(m)]
     for name, ranks in lists.items():
         ranks = [list(r) for r in ranks]
         mesh.process_groups[name], _ = td.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=timeout))
     return mesh
 
 
+def check_device(name):
+    """ValueError for a device that is not there; "" (choose for me) is fine."""
+    if not re.fullmatch(r"(cpu|mps|cuda|cuda:\d+)?", name):
+        raise ValueError(f"--device={name} is unknown; choose from cpu, cuda, cuda:0, cuda:1, ..., mps")
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device={name}: there are {torch.cuda.device_count()} usable GPUs here; --device=cpu always works"
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device=mps: there is no usable Apple GPU here; --device=cpu always works")
+
+
+def environment():
+    """(rank, world, rank on this node, ranks on this node) as torchrun sets them; None without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    needs = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"
+    if missing := [name for name in needs if name not in os.environ]:
+        raise OwnError(f"WORLD_SIZE is set but not {', '.join(missing)}: start with torchrun or unset it")
+    for name in needs[:5]:
+        if not re.fullmatch(r"\d{1,9}", os.environ[name]):
+            raise OwnError(f"{name}={os.environ[name]} is not a number: start with torchrun or unset WORLD_SIZE")
+    rank, world, slot, slots = (int(os.environ[name]) for name in needs[:4])
+    if rank >= world or slot >= slots:
+        raise OwnError(
+            f"RANK={rank} must be below WORLD_SIZE={world}, LOCAL_RANK={slot} below "
+            f"LOCAL_WORLD_SIZE={slots}: start with torchrun"
+        )
+    return rank, world, slot, slots
+
+
 def init(n_experts, ep=0, ranks_per_node=0, timeout=600, device=None, two_level=False):
     """Mesh from torchrun's environment; without it the single process.
 
     NCCL when there is a GPU for every local rank, else gloo (on the CPU unless device says "cuda"). A hanging
-    collective ends after `timeout` seconds. ValueError, the same on every rank, when the numbers do not fit.
+    collective ends after `timeout` seconds. ValueError, the same on every rank, when the numbers do not fit; OwnError
+    on a rank that cannot join the others.
     """
     gpus = torch.cuda.device_count() if "cuda" in str(device or "cuda") else 0
-    if "WORLD_SIZE" not in os.environ:
+    here = environment()
+    if here is None:
         layout(1, n_experts, ep, ranks_per_node, two_level)
         return Mesh(device=torch.device(device or ("cuda" if gpus else "cpu")))
-    needs = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-    if missing := [name for name in needs if name not in os.environ]:
-        raise ValueError(f"WORLD_SIZE is set but not {', '.join(missing)}: start with torchrun or unset it")
-    for name in needs[:4]:
-        if not os.environ[name].isdigit():
-            raise ValueError(f"{name}={os.environ[name]} must be a number: start with torchrun or unset WORLD_SIZE")
-    rank, world, slot, slots = (int(os.environ[name]) for name in needs[:4])
-    ep, local = layout(world, n_experts, ep, ranks_per_node or slots, two_level)
+    rank, world, slot, slots = here
+    ep, ranks_per_node = layout(world, n_experts, ep, ranks_per_node or slots, two_level)
+    if device == "mps" and world > 1:
+        raise ValueError("--device=mps works on one process only: gloo cannot send its tensors")
     if gpus >= slots or (gpus and device):
         device = f"cuda:{slot % gpus}"  # two NCCL ranks cannot share a GPU, two gloo ranks can
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout)
-    store, rank, world = next(td.rendezvous("env://", timeout=limit))
-    store = td.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if gpus >= slots else "gloo"
-    td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    return make_mesh(rank, world, n_experts, ep, local, device or "cpu", two_level, timeout)
+    join(rank, world, "nccl" if gpus >= slots else "gloo", timedelta(seconds=timeout))
+    return make_mesh(rank, world, n_experts, ep, ranks_per_node, device or "cpu", two_level, timeout)
 
 
-def check_device(name):
-    """ValueError for a --device that is not there."""
-    if not re.fullmatch(r"(cpu|mps|cuda|cuda:\d+)?", name):
-        raise ValueError(f"--device={name} is unknown; choose from cpu, cuda, cuda:0, cuda:1, ..., mps")
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device={name}: {torch.cuda.device_count()} usable GPUs here; --device=cpu always works")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device=mps: there is no usable Apple GPU here; --device=cpu always works")
+def join(rank, world, backend, limit):
+    """Meet the other ranks and start the process group. OwnError, one line, if they cannot be reached."""
+    try:
+        shared, rank, world = next(td.rendezvous("env://", timeout=limit))
+        store = td.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), shared)
+        td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).split("\n")[0][:200]
+        raise OwnError(
+            f"process {rank} cannot join the other {world - 1} through MASTER_ADDR:MASTER_PORT={where}: {reason}"
+        ) from None
+
+
+# -- errors --------------------------------------------------------------------------------------------------
+
+
+class EverybodysError(ValueError):
+    """An error that every rank raises alike, so that nobody waits for one who has left; rank 0 prints it."""
+
+
+class OwnError(ValueError):
+    """An error that this process may be the only one to have, before it can tell the others."""
+
+
+def speaks_for(error):
+    """Should this process print an error? Rank 0 prints what all have alike, each rank what is its own."""
+    own = isinstance(error, OwnError) or td.is_initialized() and not isinstance(error, EverybodysError)
+    return own or os.environ.get("RANK", "0") == "0"
 
 
 def one_line(error):
@@ -313,32 +361,14 @@ def one_line(error):
         return text
     if "allocate memory" in text or "out of memory" in text:
         return f"{text[:200]}: lower --batch_size, raise --grad_accum, or take a smaller model"
-    for sign, what in NETWORK_ERRORS.items():
-        if sign in text.lower():
-            return f"{what} ({text[:160]})"
-    return None
-
-
-ENDED = "another process of this run has ended: see its message; --init_from=resume continues"
-SILENT = "another process did not answer within --timeout: see its message; --init_from=resume continues"
-UNREACHED = "the first process cannot be reached: check MASTER_ADDR and MASTER_PORT, or use torchrun"
-NETWORK_ERRORS = {  # what gloo, NCCL and the store write -> what happened and what to do
-    "connection closed by peer": ENDED,
-    "connection reset by peer": ENDED,
-    "broken pipe": ENDED,
-    "timed out waiting": SILENT,
-    "wait timeout": SILENT,
-    "socket timeout": SILENT,
-    "client socket has timed out": UNREACHED,
-    "client socket has failed": UNREACHED,
-    "failed to connect": UNREACHED,
-    "server socket has failed": "the port of the first process is taken: choose another MASTER_PORT, or use torchrun",
-}
-
-
-def speaks(error):
-    """Should this rank print an error? Rank 0 prints what all raise alike, each rank what is its own."""
-    return os.environ.get("RANK", "0") == "0" or td.is_initialized() and not isinstance(error, EverybodysError)
+    if not (isinstance(error, td.DistError) or re.search(r"(?i)gloo|nccl|process ?group|by peer|tcpstore", text)):
+        return None
+    again = "continue with --init_from=resume"
+    if re.search(r"(?i)closed by peer|reset by peer|broken pipe|connection refused|remote process exited", text):
+        return f"another process has ended, its own message says why; {again}"
+    if re.search(r"(?i)timed? ?out", text):
+        return f"another process did not answer in time: it hangs, or --timeout is too short; {again}"
+    return f"the processes lost each other ({text[:200]}); {again}"
 
 
 # -- all-to-all ----------------------------------------------------------------------------------------------
@@ -361,14 +391,22 @@ def send(x, to, frm, group):
 
 
 def exchange(x, c, mesh):
-    """x: my rows by target rank, c (ep, ep): number of rows from each source to each target -> by source."""
+    """x: my rows by target rank, c (ep, ep): number of rows from each source to each target -> by source.
+
+    Two-level: first to the right slot on my own node, then to the right node (a rank is a node and a slot in it).
+
+        mine, by target        (node', slot')  -swap->  (slot', node')
+        send within the node   (slot, node')   -swap->  (node', slot)     my node's rows for my slot
+        send between nodes     (node, slot)    = in order of source rank, as in the flat exchange
+
+    What it saves is messages: with 4 nodes of 8 ranks a rank sends 7 within its node and 24 to other nodes; in two
+    levels 7 and 3, the 3 eight times as large. The bytes between nodes stay the same, those within a node grow: a row
+    for another slot goes there first. Rows that stay on the node pass through the second call as well, as what a rank
+    sends to itself. That is a copy in memory, no message (gloo, 8 MB: 2.7 ms to itself, 7.2 ms to another process).
+    """
     r, m = mesh.ep_rank, mesh.ranks_per_node
     if not mesh.two_level or "inter" not in mesh.process_groups:
         return send(x, c[r], c[:, r], mesh.process_groups["ep"])
-    # A rank is (node, slot). First to the right slot on my own node, then to the right node:
-    #   mine, by target        (node', slot')  -swap->  (slot', node')
-    #   send within the node   (slot, node')   -swap->  (node', slot)     my node's rows for my slot
-    #   send between nodes     (node, slot)    = in order of source rank, as in the flat exchange
     a, b = divmod(r, m)
     c = c.reshape(mesh.ep // m, m, mesh.ep // m, m)
     held = c[a, :, :, b]  # (slot, node')
@@ -376,34 +414,36 @@ def exchange(x, c, mesh):
     return send(swap(x, held), held.sum(0), c[:, :, a, b].sum(1), mesh.process_groups["inter"])
 
 
-def to_owners(x, sizes, mesh):
-    """by (target rank, its expert) = by global expert -> by (source, my expert) -> by (my expert, source)."""
+def to_owner(x, sizes, mesh):
+    """Rows to the ranks that own their experts: by (target rank, its expert) = by global expert
+    -> by (source, my expert) -> by (my expert, source)."""
     return swap(exchange(x, sizes.sum(2), mesh), sizes[:, mesh.ep_rank])
 
 
-def to_sources(x, sizes, mesh):
-    """The inverse of to_owners, step by step."""
+def to_source(x, sizes, mesh):
+    """The inverse of to_owner, step by step."""
     return exchange(swap(x, sizes[:, mesh.ep_rank].T), sizes.sum(2).T, mesh)
 
 
 class AllToAll(torch.autograd.Function):
-    """`to_owners` when link is None, else `to_sources`; the backward of one is the other.
+    """`to_owner` when link is None, else `to_source`; the backward of each is the other.
 
-    The first returns a zero, the link, that the second takes in again. It costs nothing and puts both backward
-    exchanges on every rank's tape, even where the experts in between return something unconnected (no rows, frozen).
+    to_owner also returns a zero, the link, which to_source takes as an input. So the first exchange comes before the
+    second in every rank's graph, and both run backward on every rank, even where the experts in between return
+    something unconnected (they got no rows, or are frozen).
     """
 
     @staticmethod
     def forward(ctx, x, link, sizes, mesh):
-        ctx.forth, ctx.back = (to_owners, to_sources) if link is None else (to_sources, to_owners)
+        ctx.move, ctx.inverse = (to_owner, to_source) if link is None else (to_source, to_owner)
         ctx.sizes, ctx.mesh = sizes, mesh
-        return ctx.forth(x, sizes, mesh), x.new_zeros(())
+        return ctx.move(x, sizes, mesh), x.new_zeros(())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        grad = ctx.back(grad, ctx.sizes, ctx.mesh)
-        return grad, None if ctx.forth is to_owners else grad.new_zeros(()), None, None
+        grad = ctx.inverse(grad, ctx.sizes, ctx.mesh)
+        return grad, None if ctx.move is to_owner else grad.new_zeros(()), None, None
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -509,7 +549,7 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-        if os.name == "posix":
+        if os.name == "posix":  # Windows cannot open a folder
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)  # the rename itself must survive a power cut
             os.close(folder)
@@ -543,86 +583,125 @@ def checkpoints(folder):
     return sorted(paths, key=lambda path: int(path.stem[5:]))
 
 
-def usable(path):
-    """`load` for a checkpoint that save_checkpoint has written and that is whole; ValueError or OSError for others."""
-    state, kinds = load(path), dict(model=dict, optimizer=dict, config=dict, step=int, tensors=int)
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(f"{path} is not a checkpoint of train.py")
-    if not state["config"] or len(state["model"]) != state["tensors"]:
-        raise ValueError(
-            f"{path} is damaged: {len(state['model'])} of {state['tensors']} tensors, {len(state['config'])} settings"
-        )
+def count(state):
+    """Number of tensors in a checkpoint, weights and moments."""
+    return len(state["model"]) + sum(len(values) for values in state["optimizer"].values())
+
+
+def fault(state):
+    """Why this cannot be a checkpoint that save_checkpoint wrote, None if it can."""
+    kinds = {"model": dict, "optimizer": dict, "config": dict, "step": int}
+    if not isinstance(state, dict) or not kinds.keys() <= state.keys():
+        return "it is not a checkpoint of train.py"
+    for name, kind in kinds.items():
+        if type(state[name]) is not kind or not state[name] and name in ("model", "config"):
+            return f"its {name} is empty or of a wrong type"
+    model = state["model"]
+    if not all(torch.is_tensor(t) for t in model.values()):
+        return "its model is of a wrong type"
+    for name, moments in state["optimizer"].items():
+        if name not in model:
+            return f"it lacks the parameter {name}"
+        fits = lambda t: torch.is_tensor(t) and t.shape in ((), model[name].shape)  # noqa: E731
+        if not isinstance(moments, dict) or not all(map(fits, moments.values())):
+            return f"its optimizer state of {name} does not fit the parameter"
+    if state.get("tensors", count(state)) != count(state):
+        return f"it has {count(state)} tensors of {state['tensors']}"
+
+
+def load_usable(path):
+    """load, and ValueError also for an intact file that is no checkpoint of ours."""
+    state = load(path)
+    if reason := fault(state):
+        raise ValueError(f"{path} is not usable: {reason}")
     return state
 
 
-def latest(folder):
-    """Path of the newest usable ckpt_NUMBER.pt, None if there is none at all. ValueError if no one is usable."""
+def warn(text):
+    print(f"warning: {text}", flush=True)
+
+
+def find(folder, warn=warn):
+    """(path, state) of the newest usable checkpoint, None if there is none at all. ValueError if none is usable."""
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
-            usable(path)
-            return path
+            return path, load_usable(path)
         except (OSError, ValueError) as error:
-            print(f"warning: {error}; trying the one before it", flush=True)
+            warn(f"{error}; trying the one before it")
     if paths:
-        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is intact")
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is usable")
+
+
+def latest(folder):
+    """Path of the newest usable checkpoint, None if there is none. For one process."""
+    found = find(folder)
+    return found and found[0]
 
 
 def newest(folder, mesh):
-    """(path, state) of the newest usable checkpoint, the same on every rank. ValueError if there is none."""
-    path = mesh.on_main(lambda: latest(folder))
+    """(path, state) of the newest usable checkpoint, on every rank. ValueError, on every rank, if there is none.
+
+    Unusable ones (damaged, foreign, incomplete, a folder) are passed over with a warning. Rank 0 chooses, so that all
+    load the same one.
+    """
+    found = mesh.on_all(lambda: find(folder) if mesh.main else None)
+    path = mesh.from_main(found and found[0])
     if path is None:
         raise EverybodysError(f"no checkpoint (ckpt_*.pt) in {folder}: train first, or name another folder")
-    return path, mesh.on_all(lambda: usable(path))
+    return path, mesh.on_all(lambda: found[1] if mesh.main else load_usable(path))
 
 
-def prune(folder, keep=2):
-    """Delete what is older than the newest `keep` usable checkpoints. A damaged one counts for nothing: it must never
-    push an intact one out."""
-    intact = 0
+def prune(folder, keep=2, written=None):
+    """Delete what is older than the newest `keep` usable checkpoints, but never the one just written. One that is not
+    usable counts for nothing: it must not push a good one out."""
+    good = 0
     for path in reversed(checkpoints(folder)):
-        if intact >= keep:
-            path.unlink()
+        if good >= keep:
+            if path != written and not path.is_dir():
+                path.unlink()
             continue
         try:
-            usable(path)
-            intact += 1
+            load_usable(path)
+            good += 1
         except (OSError, ValueError) as error:
-            print(f"warning: {error}; an older one is kept for it", flush=True)
+            warn(f"{error}; an older one is kept for it")
+
+
+def diverged(what, step, folder):
+    """The error that ends a run whose numbers are no longer finite: diverged("the weights are", step, folder)."""
+    last = "there is no checkpoint yet"
+    with suppress(ValueError):
+        if found := find(folder, warn=lambda text: None):
+            last = f"the last good checkpoint is step {found[1]['step']} (--init_from=resume)"
+    return EverybodysError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
 
 
 def save_checkpoint(folder, step, model, optimizer, mesh, **more):
-    """folder/ckpt_STEP.pt: full_state, the step and `more`; the last two are kept. Collective. ValueError, and nothing
-    is written, if a weight or a moment is not finite: a resumed run could only end."""
-    state = full_state(model, optimizer, mesh)
-    finite = lambda tensors: all(t.isfinite().all() for t in tensors)
-    if not finite(state["model"].values()):  # the same on every rank
-        raise diverged("the weights are", step, folder)
-    if not all(finite(moments.values()) for moments in state["optimizer"].values()):
-        raise diverged("the optimizer's moments are", step, folder)
-    state |= {"step": step, "tensors": len(state["model"]), "launch": launch(), **more}
+    """folder/ckpt_STEP.pt: full_state, step, launch and `more` (train.py's config), the last two are kept. Collective.
+
+    ValueError on every rank for weights or moments that are not finite, and for whatever keeps rank 0 from writing.
+    """
+    state = full_state(model, optimizer, mesh)  # the same on every rank
+    moments = [t for values in state["optimizer"].values() for t in values.values()]
+    for what, tensors in (("the weights are", state["model"].values()), ("the optimizer's moments are", moments)):
+        if not all(t.isfinite().all() for t in tensors):
+            raise mesh.from_main(mesh.main and diverged(what, step, folder))
+    state |= {"step": step, "launch": launch(), "tensors": count(state)} | more
+    path = Path(folder) / f"ckpt_{step:06d}.pt"
 
     def write():
-        save(os.path.join(folder, f"ckpt_{step:06d}.pt"), state)
-        prune(folder)
+        save(path, state)
+        prune(folder, keep=2, written=path)
 
     mesh.on_main(write)
 
 
-def diverged(what, step, folder):
-    """The error that ends a run whose numbers are no longer finite, alike on every rank."""
-    saved = checkpoints(folder)
-    last = (
-        f"the last good checkpoint is step {int(saved[-1].stem[5:])} (--init_from=resume)"
-        if saved
-        else "there is no checkpoint yet"
-    )
-    return EverybodysError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
+# -- a run's folder ------------------------------------------------------------------------------------------
 
 
 def launch():
-    """Which start of torchrun this is: its agent's pid and, where the system tells, when it began, since pids
-    repeat."""
+    """Which start of torchrun this is: its agent's pid and, where the system tells, when it began: pids repeat."""
     try:
         with open(f"/proc/{os.getppid()}/stat") as file:
             return [os.getppid(), file.read().rpartition(")")[2].split()[19]]
@@ -631,25 +710,32 @@ def launch():
 
 
 def restarted(folder):
-    """When a worker dies torchrun starts all of them again, with the flags of the first start. True if this is such a
-    restart and the checkpoints in `folder` are those of this launch, not of a run before it: then it is resumed."""
-    path = latest(folder) if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
-    return path is not None and load(path).get("launch") == launch()
+    """True if torchrun has restarted its workers and the newest checkpoint in folder is of this same launch.
+
+    When a worker dies torchrun starts all of them again, with the flags of the first start: the run is then to be
+    resumed. A checkpoint of a run before this launch is no reason for that. For rank 0: use with mesh.on_main.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    found = find(folder)
+    return found is not None and found[1].get("launch") == launch()
 
 
 def lock(folder):
-    """Make a run's folder and lock it until the result is closed, or the process ends, however it does. ValueError if
-    another run has it. Windows and some network file systems have no such locks; two runs are then not told apart."""
+    """Lock a run's folder (made if missing) until .close() of what is returned, or until the process ends, however it
+    ends. ValueError if another run has it."""
     os.makedirs(folder, exist_ok=True)
     held = ExitStack()
-    if fcntl:
-        file = os.open(folder, os.O_RDONLY)
-        held.callback(os.close, file)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held.close()
-            raise ValueError(f"another run is writing to {folder}: choose another --out_dir") from None
-        except OSError:
-            pass
+    if fcntl is None:
+        print("note: this system has no file locks: two runs in one folder would not notice each other", flush=True)
+        return held
+    file = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise ValueError(f"another run is writing to {folder}: choose another --out_dir") from None
+    except OSError:
+        pass  # a file system without locks
     return held

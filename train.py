@@ -778,6 +778,6 @@ if __name__ == "__main__":
     except (ValueError, OSError, RuntimeError) as error:
         if not (line := dist.one_line(error)):
             raise
-        if dist.speaks(error):
+        if dist.speaks_for(error):
             print(f"train.py: {line}", file=sys.stderr)
         sys.exit(1)
