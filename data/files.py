@@ -38,7 +38,10 @@ def staging(folder):
     A temporary folder inside `folder`. If the block ends well its files move up, meta.json last; if it does
     not, they vanish and what was prepared before stays as it was.
     """
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise OSError(f"cannot write to {folder} ({e.strerror}): name another folder with --out_dir=FOLDER") from None
     for name in os.listdir(folder):  # what a killed prepare left behind; a younger one may be at work
         left = os.path.join(folder, name)
         if name.startswith(".partial-") and time.time() - os.path.getmtime(left) > 600:
@@ -163,8 +166,14 @@ def prepare_missing(dataset):
     folder, script = corpus_folder(dataset), os.path.join(HERE, dataset.split("/")[0], "prepare.py")
     free = dataset in ("stdlib", "stdlib/packages", "grammar")
     if free and folder.startswith(HERE) and not os.path.exists(os.path.join(folder, "meta.json")):
+        flags, parent = [], os.path.dirname(script)
+        if os.path.exists(os.path.join(parent, "meta.json")):  # packages/ alone is missing: keep stdlib's tokenizer
+            meta = load_meta(parent)
+            flags.append(f"--tokenizer={meta['tokenizer']}")
+            if meta["tokenizer"] == "bpe":
+                flags.append(f"--vocab_size={meta['vocab_size']}")
         print(f"preparing data/{dataset} (a few seconds, once)", flush=True)
-        if subprocess.run([sys.executable, script]).returncode:
+        if subprocess.run([sys.executable, script, *flags]).returncode:
             raise ValueError(f"{script} failed: see above")
 
 
@@ -192,6 +201,8 @@ def load_meta(folder):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         reason = str(e) if type(e) is ValueError else type(e).__name__
         raise ValueError(f"{path} is damaged ({reason}): {prepare_hint(folder)}") from None
+    except OSError as e:
+        raise OSError(f"cannot read {path} ({e.strerror}): {prepare_hint(folder)}") from None
     return meta
 
 
@@ -199,7 +210,7 @@ def check_meta(meta):
     """ValueError, or whatever Python raises on the way, if a field is missing or cannot be."""
 
     def number(value, name, least=1):
-        if not isinstance(value, int) or value < least:
+        if type(value) is not int or value < least:  # a bool is an int, too
             raise ValueError(f"{name} is {value!r}, not a number from {least}")
 
     one_of = dict(tokenizer=TOKENIZERS[:3], dtype=("uint16", "uint32"), kind=("text", "translation"))
@@ -207,6 +218,8 @@ def check_meta(meta):
         if meta[name] not in known:
             raise ValueError(f"{name} is {meta[name]!r}, not one of {', '.join(known)}")
     number(meta["vocab_size"], "vocab_size")
+    if not meta["splits"]:
+        raise ValueError("splits is empty")
     for split, sizes in meta["splits"].items():
         if meta["kind"] == "translation":
             for name in ("pairs", "src_tokens", "tgt_tokens", "tgt_bytes"):
@@ -300,6 +313,8 @@ def load_tokenizer(folder):
         except (ValueError, KeyError) as e:
             reason = str(e) if type(e) is ValueError else type(e).__name__
             raise ValueError(f"{path} is damaged ({reason}): {prepare_hint(folder)}") from None
+        except OSError as e:
+            raise OSError(f"cannot read {path} ({e.strerror}): {prepare_hint(folder)}") from None
     if tok.vocab_size != meta["vocab_size"]:
         raise ValueError(
             f"the tokenizer of {folder} has {tok.vocab_size:,d} tokens where meta.json says "

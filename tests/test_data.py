@@ -8,6 +8,7 @@ import gzip
 import http.server
 import importlib.util
 import io
+import json
 import os
 import random
 import re
@@ -472,6 +473,25 @@ def edit(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
+def fact(value, *keys):
+    """Damage that sets one value of meta.json, named by the keys that lead to it."""
+
+    def damage(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        inner = meta
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = ast.literal_eval(value)
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    return damage
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -479,6 +499,17 @@ def edit(name, change):
         (edit("meta.json", lambda b: b[:50]), "meta.json is damaged"),
         (edit("meta.json", lambda b: b"[]"), "meta.json is damaged"),
         (edit("meta.json", lambda b: b.replace(b'"dtype"', b'"type"')), "meta.json is damaged"),
+        (edit("meta.json", lambda b: b"[" * 200_000), "meta.json is damaged .RecursionError"),
+        (fact("'foo'", "tokenizer"), "tokenizer is 'foo', not one of bpe, gpt2, bytes"),
+        (fact("'300'", "vocab_size"), "vocab_size is '300'"),
+        (fact("True", "vocab_size"), "vocab_size is True"),
+        (fact("{}", "splits"), "splits is empty"),
+        (fact("0", "splits", "train", "bytes"), "bytes of train is 0"),
+        (fact("'many'", "splits", "train", "bytes"), "bytes of train is 'many'"),
+        (fact("5.5", "splits", "train", "domains", "a", 1), "the end of a in train is 5.5"),
+        (lambda folder: folder_instead(folder / "meta.json"), "cannot read .*meta.json"),
+        (lambda folder: folder_instead(folder / "vocab.txt"), "cannot read .*vocab.txt"),
+        (edit("vocab.txt", lambda b: b.replace(b"QQ==\n", b"AAAAAAAA\n", 1)), "the byte b'A' has no token"),
         (lambda folder: (folder / "train.bin").unlink(), "train.bin is missing"),
         (edit("train.bin", lambda b: b""), "train.bin is empty"),
         (edit("train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes where meta.json says"),
@@ -495,9 +526,33 @@ def edit(name, change):
 def test_damaged_corpus_is_one_line(prepared, damage, message):
     everything(prepared)
     damage(prepared)
-    with pytest.raises((FileNotFoundError, ValueError), match=message) as e:
+    with pytest.raises((OSError, ValueError), match=message) as e:
         everything(prepared)
     assert "\n" not in str(e.value) and "prepare.py" in str(e.value)
+
+
+def test_the_next_prepare_removes_what_a_killed_one_left(prepared):
+    for name in (".partial-old", ".partial-young"):
+        (prepared / name).mkdir()
+        (prepared / name / "train.bin").write_bytes(b"x")
+    os.utime(prepared / ".partial-old", (0, 0))
+    files.write_text(prepared, bpe.make_tokenizer("bytes", 0, ()), {"train": {"a": ["x"]}}, "test")
+    assert [name for name in os.listdir(prepared) if name.startswith(".")] == [".partial-young"], "may be at work"
+
+
+def test_missing_packages_are_prepared_with_the_tokenizer_of_stdlib(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(files, "HERE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files.subprocess, "run", lambda command: calls.append(command[2:]) or Namespace(returncode=0))
+    (tmp_path / "stdlib").mkdir()
+    files.prepare_missing("stdlib")
+    files.prepare_missing("stdlib/packages")
+    splits = {"train": {"a": [TEXT]}, "val": {"a": [TEXT]}}
+    files.write_text(tmp_path / "stdlib", bpe.make_tokenizer("bpe", 300, [TEXT]), splits, "test")
+    files.prepare_missing("stdlib")
+    files.prepare_missing("stdlib/packages")
+    assert calls == [[], [], ["--tokenizer=bpe", "--vocab_size=300"]]
 
 
 def test_unknown_split_is_named(prepared):
@@ -620,6 +675,12 @@ def prepare(folder, name, *arguments):
         ("stdlib", ["--tokeniser=bpe"], "--tokeniser=bpe"),
         ("grammar", ["--vocab_size=12", "--pairs=5", "--held_out=5"], "--vocab_size=12 is too small"),
         ("grammar", ["--pairs=-5"], "--pairs=-5"),
+        ("stdlib", ["--limit=-3"], "--limit=-3 must not be negative"),
+        (
+            "grammar",
+            ["--out_dir=/dev/null/x", "--pairs=5", "--held_out=5", "--tokenizer=bytes"],
+            "cannot write to /dev/null/x .*--out_dir=",
+        ),
         ("shakespeare", ["--data_dir=nowhere"], "input.txt is missing"),
     ],
 )
