@@ -249,7 +249,7 @@ def balance_loss(p, chosen, place):
     p (N, E) probabilities, P_e their mean: it carries the gradient, which lowers the logits of crowded experts.
     chosen (N, E) bool, before any drop; f_e is expert e's share of all choices: a count, divided by k, no gradient.
     1 at perfect balance, E when everything goes to one expert with certainty. 1 is not the minimum: f and P can be
-    anti-aligned. Both means run over the global place.
+    anti-aligned. Both means run over the global batch.
     """
     f, P = place.mean(torch.stack([chosen.to(p.dtype), p], 1))
     f = f.detach() / f.detach().sum().clamp(min=1e-9)
@@ -460,7 +460,7 @@ class DeepSeekV3(Gate):
             route_scale=(route_scale, route_scale > 0, "above 0"))  # fmt: skip
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
         self.start_gamma, self.last_step = gamma, anneal * steps if steps else math.inf
-        self.route_scale, self.groups, self.keep = route_scale, expert_groups, keep_groups
+        self.route_scale, self.expert_groups, self.keep_groups = route_scale, expert_groups, keep_groups
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("load", torch.zeros(E), persistent=False)  # choices since the last update
         self.register_buffer("gamma", torch.tensor(gamma))
@@ -472,10 +472,10 @@ class DeepSeekV3(Gate):
     def forward(self, x, ids):
         s = linear(x, self.weight).sigmoid()
         key = s.detach() + self.bias  # (N, E)
-        if self.keep < self.groups:
-            parts = key.unflatten(1, (self.groups, self.E // self.groups))  # (N, groups, E / groups)
+        if self.keep_groups < self.expert_groups:
+            parts = key.unflatten(1, (self.expert_groups, self.E // self.expert_groups))  # (N, groups, E / groups)
             score = parts.topk(min(2, parts.shape[2]), dim=2).values.sum(2)
-            best = score.topk(self.keep, dim=1).indices
+            best = score.topk(self.keep_groups, dim=1).indices
             closed = torch.ones_like(score, dtype=torch.bool).scatter(1, best, False)
             key = parts.masked_fill(closed[:, :, None], -math.inf).flatten(1)
         idx = key.topk(self.k, dim=1).indices
@@ -897,7 +897,7 @@ def block_means(x, E):
 def locality_loss(p, place, eps):
     """mean_v KL(Pbar_v || D_v): tokens that live on node v should choose experts that live on node v (LocMoE, eq. 9).
 
-    p (N, E); Pbar_v is the mean of p over all tokens of node v in the global place. D_v puts 1 - eps evenly on the
+    p (N, E); Pbar_v is the mean of p over all tokens of node v in the global batch. D_v puts 1 - eps evenly on the
     experts of node v and eps evenly on all others: without eps the loss would be infinite. The paper writes
     KL(current || local) and leaves eps, hard or soft counts, and per node or global open: the mean probability carries
     a gradient, and only a mean per node knows who is local. 0 without node information or with a single node.
@@ -1504,8 +1504,8 @@ def show():
                 p.data.normal_()  # an opinion, as after some training
             gate.set_step(step)
             G = gate(x, ids, Place(8, domain=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))).G
-            idea = " ".join(gate.__doc__.split())
-            print(f"\n{name}{f' at step {step} of 100' if name == 'dts' else ''}: {idea[: idea.find('(')].rstrip(':, ')}")
+            idea, when = " ".join(gate.__doc__.split()), f" at step {step} of 100" if name == "dts" else ""
+            print(f"\n{name}{when}: {idea[: idea.find('(')].rstrip(':, ')}")
             for e, column in enumerate(G.T.tolist()):
                 print(f"  expert {e}" + "".join(f"{g:6.2f}" if g else "     ." for g in column))
 

@@ -1,253 +1,489 @@
 """
-The comparison: which way of routing learns most from the same data, the same compute, the same time?
+Every paper's headline, one command each: what does the idea do when you run it?
 
-    python tests/claims.py gpt                                 all methods, 3 seeds, on the CPU
-    python tests/claims.py gpt roberta translation --seeds=5 --workers=4 --device=cuda
-    python tests/claims.py tune                                each method's learning rate and knobs, gpt, one seed
-    python tests/claims.py table                               the tables again, from what has been run
-    python tests/claims.py picture --log=out/log.jsonl         EvoMoE's phases: loss, temperature, experts per token
+    python tests/claims.py switch                  run what is missing, print the table, draw the picture, say the verdict
+    python tests/claims.py switch --quick          the same at a size where it takes a minute and the numbers mean nothing
+    python tests/claims.py --list                  the claims there are
+    python tests/claims.py evomoe --seeds=5 --workers=4 --flags="--device=cuda --n_embd=256 --max_steps=3000"
+    python tests/claims.py phases --log=out/log.jsonl      EvoMoE's phases in one run: loss, temperature, experts per token
 
-Every method has the same active parameters, data, learning rate and length. Three yardsticks, each with runs of its own,
-because a learning-rate schedule that is cut short is not a fair run:
+A claim is a table of contestants (flags of train.py) and measures (functions of a run's log). Contestants share seeds, and
+differences are paired by seed. Time is the CPU time of one thread (on a GPU: the clock), start-up left out. Runs are
+kept in --out, one folder each; a second call runs only what is missing or was cut off. Beside them: CLAIM.csv, CLAIM.svg.
 
-    steps   the same number of optimizer steps
-    rows    as many steps as use the Switch run's number of expert-rows (token-expert pairs, summed over layers)
-    time    as many steps as fit in the dense run's time, by the measured time per step
-
-Runs go to --out (one folder each, kept: a second call runs only what is missing), results to OUT/results.json, the
-training curves to OUT/curves-OBJECTIVE.svg. On a CPU time is the process's CPU time with one thread, so that workers and whatever
-else the machine does don't count; on a GPU it is the clock's, and the machine should do nothing else.
+In the flags of a contestant, {NAME} is the folder of the contestant NAME of the same seed, and {A/B} is --max_steps times
+the time of A over the time of B: as many steps as fit into the time that A took. A verdict asks whether the difference in
+the first measure is more than two standard errors away from zero.
 """
 
 import argparse
+import csv
 import json
 import math
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+QUICK = ("--n_layer=2 --n_embd=32 --block_size=32 --batch_size=8 --max_steps=30 --warmup=10 --learning_rate=4e-3 "
+         "--eval_batches=2 --eval_every=10 --bleu_sentences=4 --beams=1")  # fmt: skip
 
-EVOMOE = "--gate=dts --diversify=0.1"
-METHODS = {  # flags beyond the common ones
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures: functions of a log, a list of dicts
+
+
+def held_out(name):
+    return lambda log: [e[f"val_{name}"] for e in log if f"val_{name}" in e][-1]
+
+
+def bleu(log):
+    return next(value for e in reversed(log) for key, value in e.items() if key.endswith("_bleu"))
+
+
+def training(log):
+    return [e for e in log if "loss" in e]
+
+
+def steps(log):
+    return training(log)[-1]["step"]
+
+
+def seconds(log):
+    """Of the whole run, from the time between its first and its last line."""
+    first, last = training(log)[0], training(log)[-1]
+    clock = "seconds" if last["cpu_seconds"] < 0.5 * last["seconds"] else "cpu_seconds"  # a GPU leaves the CPU idle
+    return (last[clock] - first[clock]) / max(1, last["step"] - first["step"]) * last["step"]
+
+
+def rows(log):
+    """Expert-rows per token and MoE layer, mean over the run."""
+    return statistics.mean(e.get("experts_per_token", 1.0) for e in training(log))
+
+
+def at_the_end(name):
+    """Mean of the last quarter of the lines."""
+    return lambda log: statistics.mean(e[name] for e in training(log)[-max(1, len(training(log)) // 4) :])
+
+
+def between_nodes(log):
+    """Share of the rows that leave their node, in the last quarter of the run."""
+    last = training(log)[-max(1, len(training(log)) // 4) :]
+    far, near = (sum(e.get(f"tokens_{where}", 0) for e in last) for where in ("far", "node"))
+    stay = sum(e.get("tokens_rank", 0) for e in last)
+    return far / max(1, far + near + stay)
+
+
+def last_move(log):
+    """The last evaluated step at which more than 1 % of the held-out tokens had another expert than before."""
+    return max([e["step"] for e in log if e.get("val_moved", 0) > 0.01], default=0)
+
+
+LOSS = {"held-out loss": held_out("loss")}
+COST = {"seconds": seconds, "rows per token": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The claims
+
+
+@dataclass
+class Claim:
+    headline: str  # what the paper says
+    contestants: dict  # {name: flags}
+    says: tuple = ()  # (better, worse): the order that the headline predicts
+    common: str = ""  # flags of all
+    measures: dict = field(default_factory=lambda: LOSS | COST)
+    ranks: int = 1
+    higher: bool = False  # is more of the first measure better?
+    quick: str = ""  # flags on top of QUICK
+    patch: str = ""  # a function below that changes train.py before the run
+    setup: Callable | None = None  # makes what the contestants' flags name {LIKE_THIS}: -> {name: path}
+
+
+METHODS = {
     "dense": "--n_experts=1",
     "switch": "--gate=switch",
     "hash": "--gate=hash",
     "base": "--gate=base",
     "stablemoe": "--gate=stablemoe",
-    "evomoe": EVOMOE,
-    "evomoe_id": EVOMOE + " --gate_args=reads=id",
-}
-KNOBS = {  # for every method three learning rates; then, at its best one, a few values of its own knobs
-    "dense": [],
-    "switch": ["--gate_args=balance=0.001", "--gate_args=balance=0.1"],
-    "hash": ["--gate_args=kind=random", "--diversify=0.1"],
-    "base": [],
-    "stablemoe": ["--gate_args=stage1=0.25", "--gate_args=balance=0.03"],
-    "evomoe": ["--diversify=0", "--diversify=0.2", "--gate_args=balance=0", "--gate_args=balance=0.1", "--diversify=0.2 --gate_args=anneal=0.0625,hard=0.1875",
-               "--gate_args=anneal=0.444,hard=0.667", "--spawn=noise"],
-    "evomoe_id": [],
-}
-RATES = [f"--learning_rate={rate}" for rate in ("2e-3", "4e-3", "8e-3")]
-SIZES = {  # small enough for a CPU; raise them on a GPU with --flags
-    "gpt": "--n_layer=4 --n_embd=64 --n_head=4 --block_size=64 --batch_size=16 --max_steps=500 --warmup=200 --learning_rate=4e-3",
-    "roberta": "--n_layer=2 --n_embd=64 --n_head=4 --block_size=64 --batch_size=64 --max_steps=600 --warmup=200 --learning_rate=4e-3",
-    "translation": "--n_layer=2 --n_embd=64 --n_head=4 --batch_size=32 --max_steps=800 --warmup=200 --learning_rate=4e-3 --bleu_sentences=50",
+    "evomoe": "--gate=dts --diversify=0.05",
+    "evomoe_id": "--gate=dts --diversify=0.05 --gate_args=reads=id",
 }
 
 
-def run(name, flags, a):
-    """One training run in OUT/name, unless it is there already. -> {"loss", "steps", "seconds", "rows", "curve"}."""
-    out = os.path.join(a.out, name)
-    done = os.path.join(out, "done.json")
-    if os.path.exists(done):
-        with open(done) as f:
-            return json.load(f)
-    subprocess.run(["rm", "-rf", out])
-    command = [sys.executable, os.path.join(ROOT, "train.py"), *flags.split(), f"--out_dir={out}", "--eval_every=0",
-               "--save_every=0", "--log_every=10", "--sample_tokens=1"] + ([f"--device={a.device}"] if a.device else [])  # fmt: skip
-    env = dict(os.environ, OMP_NUM_THREADS=str(a.threads))
-    p = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+def few_labels(out, sizes=(50, 200, 1000), T=64):
+    """Corpora for classify with few labelled passages of T tokens, the held-out part whole: -> {"labels50": folder}."""
+    import numpy as np
+
+    from data import files
+
+    files.prepare_missing("stdlib/packages")
+    source, folders = files.corpus_folder("stdlib/packages"), {}
+    meta = files.load_meta(source)
+    tokens = files.load_split(source, meta, "train")
+    for n in sizes:
+        folder = folders[f"labels{n}"] = os.path.join(out, f"labels{n}")
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        share = max(T + 2, n * T // len(meta["splits"]["train"]["domains"]))
+        parts = {name: tokens[a : min(b, a + share)] for name, (a, b, _) in meta["splits"]["train"]["domains"].items()}
+        ends = np.cumsum([0, *map(len, parts.values())]).tolist()
+        domains = {name: [a, b, 3 * (b - a)] for name, a, b in zip(parts, ends, ends[1:])}
+        small = {"tokens": ends[-1], "bytes": 3 * ends[-1], "domains": domains}
+        np.concatenate(list(parts.values())).tofile(os.path.join(folder, "train.bin"))
+        with open(os.path.join(folder, "meta.json"), "w") as f:
+            json.dump(meta | {"splits": meta["splits"] | {"train": small}}, f)
+    return folders
+
+
+def at_equal_time(methods):
+    return methods | {f"{m}, dense's time": f"{flags} --max_steps={{dense/{m}}}" for m, flags in methods.items() if m != "dense"}
+
+
+def budgets(dense_steps=600):
+    """From a trained dense model (sunk cost) and from scratch, with shares of its budget."""
+    table = {"dense": f"--n_experts=1 --max_steps={dense_steps}"}
+    for percent in (10, 25, 50, 100, 200):
+        n = f"--max_steps={dense_steps * percent // 100}"
+        table |= {f"evomoe {percent} %": f"--gate=dts --init_from={{dense}} {n}",
+                  f"copies {percent} %": f"--gate=switch --spawn=copy --init_from={{dense}} {n}",
+                  f"switch {percent} %": f"--gate=switch {n}", f"hash {percent} %": f"--gate=hash {n}"}  # fmt: skip
+    return table
+
+
+STUDENT = "--init_from={teacher} --n_experts=4 --gate=hash --distill=1 --expert_hidden=128 --spawn_ratio=0.67"
+LOCAL = "--gate=locmoe --gate_args=locality="
+CLAIMS = {
+    "evomoe": Claim(
+        "EvoMoE ends at a lower loss than Switch, BASE, Hash and StableMoE at equal steps (GPT)",
+        at_equal_time(METHODS), ("evomoe", "switch")),
+    "evomoe_roberta": Claim(
+        "the same for masked language modelling", at_equal_time(METHODS), ("evomoe", "switch"), "--objective=roberta"),
+    "evomoe_translation": Claim(
+        "the same for translation", at_equal_time(METHODS), ("evomoe", "switch"), "--objective=translation",
+        LOSS | {"BLEU": bleu} | COST),
+    "parts": Claim(
+        "both phases of EvoMoE matter: one expert first, and dense to sparse",
+        {"switch": "--gate=switch", "switch after the spawn": "--gate=switch --diversify=0.05",
+         "dts from the start": "--gate=dts", "evomoe": METHODS["evomoe"]}, ("evomoe", "dts from the start")),
+    "crossover": Claim(
+        "starting from a trained dense model pays until about 100 to 120 % of its budget (sparse upcycling)",
+        budgets(), ("copies 100 %", "switch 100 %"), quick="--max_steps=10"),
+    "switch": Claim(
+        "more experts, lower loss at equal FLOPs: the dense model's loss is reached in a fraction of the steps",
+        {"dense": "--n_experts=1"} | {f"E {E}": f"--n_experts={E} --gate=switch" for E in (2, 4, 8, 16, 32)},
+        ("E 32", "dense")),
+    "pays": Claim(
+        "a mixture learns more than the dense model in the same time",
+        at_equal_time({m: METHODS[m] for m in ("dense", "switch", "hash")}), ("switch, dense's time", "dense")),
+    "locmoe": Claim(
+        "a locality loss keeps tokens on their node without loss of quality",
+        {"switch": "--gate=switch", "hash": "--gate=hash", "locmoe 0.01": LOCAL + "0.01", "locmoe 0.1": LOCAL + "0.1",
+         "locmoe 1": LOCAL + "1", "randomrouted": "--gate=randomrouted",
+         "locmoe 1, mixed data": LOCAL + "1 --shard_by_domain=false"},
+        ("locmoe 1", "switch"), "--ranks_per_node=1 --shard_by_domain",
+        {"between nodes": between_nodes} | LOSS | COST, ranks=2),
+    "locmoeplus": Claim(
+        "experts need ever fewer tokens, at the same loss",
+        {"floor 1 (never fewer)": "--gate=locmoeplus --gate_args=floor=1", "floor 0.5": "--gate=locmoeplus --gate_args=floor=0.5",
+         "floor 0.25": "--gate=locmoeplus", "floor 0.1": "--gate=locmoeplus --gate_args=floor=0.1",
+         "locmoe, capacity 1.1": "--gate=locmoe --capacity_factor=1.1"},
+        ("floor 0.25", "floor 1 (never fewer)"), "",
+        LOSS | {"rows kept at the end": at_the_end("experts_per_token"), "dropped": at_the_end("dropped")} | COST),
+    "stability": Claim(
+        "StableMoE's routing stops changing after its first stage; Switch's and BASE's go on to the end",
+        {m: METHODS[m] for m in ("stablemoe", "switch", "base", "hash")}, ("stablemoe", "switch"), "--eval_every=50",
+        {"last step with moves": last_move, "moved at the end": held_out("moved")} | LOSS, patch="record_moves"),
+    "moebert": Claim(
+        "experts cut from a dense model by importance beat a random cut, before and after distillation",
+        {"teacher": "--n_experts=1", "importance": STUDENT + " --spawn=importance",
+         "random": STUDENT + " --spawn=importance --label_smoothing=0"},
+        ("importance", "random"), "--objective=roberta --moe_every=1",
+        LOSS | {"loss of the first step": lambda log: training(log)[0]["loss"]} | COST,
+        quick="--n_hidden=128 --expert_hidden=64 --spawn_ratio=0.5", patch="random_cut"),
+    "pretraining": Claim(
+        "pre-training pays where labels are few",
+        {"roberta": "--objective=roberta --max_steps=1000 --learning_rate=4e-3 --warmup=200 --dropout=0"}
+        | {f"{how}, {n} labels": f"--objective=classify --dataset={{labels{n}}} --max_steps=150 {flags}"
+           for n in (50, 200, 1000) for how, flags in (("tuned", "--init_from={roberta}"), ("scratch", ""))},
+        ("tuned, 200 labels", "scratch, 200 labels"), "--eval_every=25",
+        {"best accuracy": lambda log: max(e["val_accuracy"] for e in log if "val_accuracy" in e),
+         "last accuracy": held_out("accuracy")} | LOSS, higher=True, setup=few_labels),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches: what a claim changes in train.py, in the process of the run
+
+
+def record_moves(train):
+    """Every evaluation also tells which share of a fixed batch of held-out tokens has another expert than before."""
+    import torch
+
+    real, before = train.evaluate, []
+
+    def evaluate(run, split, eval_batches=0):
+        result, seen = real(run, split, eval_batches), []
+        hooks = [g.register_forward_hook(lambda gate, args, r: seen.append(r.G.argmax(1))) for g in run.model.gates()]
+        with train.evaluating(run.model):
+            train.task_loss(run.model, next(run.objective.held_out(split, 1)))
+        for hook in hooks:
+            hook.remove()
+        now = torch.stack(seen)
+        result["moved"] = float((now != before[-1]).float().mean()) if before else 1.0
+        before.append(now)
+        return result
+
+    train.evaluate = evaluate
+
+
+def random_cut(train):
+    """The contestant called random: neurons are dealt out in random order instead of by importance."""
+    import torch
+
+    real = train.evomoe.importance
+
+    def importance(dense, losses):
+        return {name: torch.rand(len(scores)) for name, scores in real(dense, losses).items()}
+
+    if os.environ.get("CONTESTANT") == "random":
+        train.evomoe.importance = importance
+
+
+def patched(name, argv):
+    """Run train.py's main with a patch."""
+    import train
+
+    globals()[name](train)
+    train.main(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def read_log(folder):
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def finished(folder):
+    """The log of a run that came to its end, or None."""
+    try:
+        return read_log(folder) if os.path.exists(os.path.join(folder, "done")) else None
+    except (OSError, ValueError):
+        return None
+
+
+def launch(argv, contestant, patch, ranks, threads):
+    """One run of train.py in a process of its own. RuntimeError with its last lines if it fails."""
+    start = ["-c", f"import claims; claims.patched({patch!r}, {argv!r})"] if patch else [os.path.join(ROOT, "train.py"), *argv]
+    if ranks > 1:
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *start]
+    path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "CONTESTANT": contestant}
+    p = subprocess.run([sys.executable, *start], env=env, capture_output=True, text=True, cwd=ROOT)
     if p.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{p.stderr[-2000:]}")
-    with open(os.path.join(out, "log.jsonl")) as f:
-        log = [json.loads(line) for line in f]
-    train, held_out = [e for e in log if "loss" in e], [e for e in log if "val_loss" in e][-1]
-    bleu = [value for e in log for key, value in e.items() if key.endswith("_bleu")]
-    per_token = [e.get("experts_per_token", 1.0) for e in train]
-    steps = held_out["step"]
-    clock = "seconds" if "cuda" in a.device else "cpu_seconds"
-    speed = (train[-1][clock] - train[0][clock]) / max(1, train[-1]["step"] - train[0]["step"])  # s per step, without start-up
-    result = {
-        "loss": held_out["val_loss"], "bleu": bleu[-1] if bleu else None, "steps": steps,
-        "seconds": speed * steps,
-        "rows": steps * statistics.mean(per_token),  # expert-rows per token and MoE layer, in units of one step's tokens
-        "curve": [(e["step"], e["loss"], e[clock] - train[0][clock], e.get("experts_per_token", 1.0)) for e in train],
-    }  # fmt: skip
-    with open(done, "w") as f:
-        json.dump(result, f)
-    print(f"{name:40s} loss {result['loss']:.4f}  steps {steps}  {result['seconds']:.0f} s", flush=True)
-    return result
+        raise RuntimeError(f"{' '.join(argv)}\n{p.stderr[-2000:]}")
 
 
-def compare(objective, a):
-    """All methods, seeds and yardsticks of one objective. -> {method: {yardstick: [result per seed]}}."""
-    common = f"--objective={objective} {SIZES[objective]} {a.flags}"
-    max_steps = int([f for f in common.split() if f.startswith("--max_steps=")][-1].split("=")[1])
-    methods = a.methods.split(",") if a.methods else list(METHODS)
+def one_seed(name, claim, seed, a, places):
+    """All contestants of one seed, in order. -> {contestant: log}."""
+    logs, places = {}, dict(places)
+    for contestant, flags in claim.contestants.items():
+        if a.methods and not any(re.fullmatch(m, contestant) for m in a.methods.split(";")):
+            continue
+        folder = places[contestant] = os.path.join(a.out, f"{name}-{contestant}-{seed}".replace(" ", "_").replace("%", ""))
+        argv = f"{claim.common} {flags} {QUICK + ' ' + claim.quick if a.quick else ''} {a.flags} --seed={seed}"
+        if ratio := re.search(r"--max_steps=\{([^/}]+)/([^}]+)\}", argv):
+            n = round(steps(logs[ratio[2]]) * seconds(logs[ratio[1]]) / seconds(logs[ratio[2]]))
+            argv = argv.replace(ratio[0], "") + f" --max_steps={max(1, n)}"
+        argv = re.sub(r"\{(\w+)\}", lambda m: places[m[1]], argv).split()
+        if a.quick and "classify" in argv[-1] + " ".join(argv):  # its shape is the pre-trained model's
+            argv = [f for f in argv if not re.match("--(n_layer|n_embd|block_size)=", f) or "--init_from" not in " ".join(argv)]
+        if (log := finished(folder)) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            argv += [f"--out_dir={folder}", "--save_every=0", "--sample_tokens=1"]
+            argv += [] if "--eval_every" in " ".join(argv) else ["--eval_every=0"]
+            launch(argv, contestant, claim.patch, claim.ranks, a.threads)
+            log = read_log(folder)
+            open(os.path.join(folder, "done"), "w").close()
+            print(f"{name}: {contestant}, seed {seed}: {claim_line(claim, log)}", flush=True)
+        logs[contestant] = log
+    return logs
 
-    def job(method, seed, yardstick, steps):
-        return run(f"{objective}-{method}-{yardstick}-{seed}", f"{common} {METHODS[method]} --seed={seed} --max_steps={steps}", a)
 
-    results = {m: {} for m in methods}
+def claim_line(claim, log):
+    return ", ".join(f"{title} {f(log):.4g}" for title, f in claim.measures.items())
+
+
+def run_claim(name, claim, a):
+    """-> {contestant: [log of each seed]}."""
+    places = claim.setup(a.out) if claim.setup else {}
     with ThreadPoolExecutor(a.workers) as pool:
-        first = {(m, s): pool.submit(job, m, s, "steps", max_steps) for s in range(a.seeds) for m in methods}
-        first = {key: f.result() for key, f in first.items()}
-        time_of = {m: statistics.median(first[m, s]["seconds"] for s in range(a.seeds)) for m in methods}
-        rows_of = {m: statistics.median(first[m, s]["rows"] for s in range(a.seeds)) for m in methods}
-        for yardstick, cost, target in (("rows", rows_of, rows_of.get("switch")), ("time", time_of, time_of.get("dense"))):
-            if not target or yardstick not in a.yardsticks:
-                continue
-            pending = {}
-            for m in methods:
-                steps = round(max_steps * target / cost[m])
-                near = abs(steps / max_steps - 1) < 0.02 or (yardstick == "rows" and m == "dense")
-                for s in range(a.seeds):
-                    pending[m, s] = None if near else pool.submit(job, m, s, yardstick, steps)
-            for (m, s), f in pending.items():
-                results[m].setdefault(yardstick, []).append(f.result() if f else first[m, s])
-    for (m, s), r in first.items():
-        results[m].setdefault("steps", []).append(r)
-    return results
+        seeds = list(pool.map(lambda seed: one_seed(name, claim, seed, a, places), range(a.first, a.first + a.seeds)))
+    return {contestant: [logs[contestant] for logs in seeds] for contestant in seeds[0]}
 
 
-def show(values, digits=3):
-    """mean +- sample standard deviation."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+# ---------------------------------------------------------------------------------------------------------------------
+# Table, verdict, picture
 
 
-def table(objective, results):
-    """A Markdown table of held-out losses (nats per target), one row a method."""
-    print(f"\n### {objective}: held-out loss, mean ± standard deviation over seeds\n")
-    bleu = any(r["bleu"] is not None for by in results.values() for r in by["steps"])
-    print("| method | equal steps | equal expert-rows | equal time | ms per step | experts per token |" + " BLEU at equal steps |" * bleu)
-    print("|---|---|---|---|---|---|" + "---|" * bleu)
-    for method, by in results.items():
-        r = by["steps"]
-        ms = 1000 * statistics.median(x["seconds"] / x["steps"] for x in r)
-        cells = [show([x["loss"] for x in by[y]]) if y in by else "-" for y in ("steps", "rows", "time")]
-        bleu = f" {show([x['bleu'] for x in r], 1)} |" if r[0]["bleu"] is not None else ""
-        print(f"| {method} | {' | '.join(cells)} | {ms:.0f} | {statistics.mean(x['rows'] / x['steps'] for x in r):.2f} |{bleu}")
-    for method, by in results.items():
-        if method != "switch" and "switch" in results:  # paired by seed: what the spread over seeds hides
-            pairs = {y: [m["loss"] - s["loss"] for m, s in zip(by[y], results["switch"][y])] for y in by if y in results["switch"]}
-            print(f"{method} - switch, paired by seed: " + ", ".join(f"{y} {show(d)}" for y, d in pairs.items()))
+def spread(values):
+    """mean ± sample standard deviation."""
+    sd = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{sd}"
 
 
-def panel(x0, y0, W, H, lines, right, low, high, label):
-    """One chart as SVG elements: lines [(color, [(x, y)])], x from 0 to right, y from low to high, label beneath."""
-    parts = [f'<rect x="{x0}" y="{y0}" width="{W}" height="{H}" fill="none" stroke="#aaa"/>',
-             f'<text x="{x0 + W / 2}" y="{y0 + H + 30}" text-anchor="middle">{label}</text>']  # fmt: skip
-    for f in (0, 0.5, 1):
-        parts.append(f'<text x="{x0 + f * W}" y="{y0 + H + 14}" text-anchor="middle">{f * right:.0f}</text>')
-        parts.append(f'<text x="{x0 - 5}" y="{y0 + 4 + f * H}" text-anchor="end">{high - f * (high - low):.2f}</text>')
-    for color, points in lines:
-        points = " ".join(f"{x0 + W * x / right:.1f},{y0 + H * (high - y) / (high - low):.1f}" for x, y in points if low <= y <= high)
-        parts.append(f'<polyline fill="none" stroke="{color}" points="{points}"/>')
-    return parts
+def tell(name, claim, values, out):
+    """Print the table and the verdict of {contestant: {measure: [value per seed]}}, write the CSV."""
+    titles = list(claim.measures)
+    print(f"\n### {name}: {claim.headline}\n\n| contestant | {' | '.join(titles)} |\n|{'---|' * (len(titles) + 1)}")
+    for contestant, by in values.items():
+        print(f"| {contestant} | {' | '.join(spread(by[t]) for t in titles)} |")
+    print("\n" + verdict(claim, values))
+    with open(os.path.join(out, f"{name}.csv"), "w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["contestant", "run", *titles])
+        for contestant, by in values.items():
+            table.writerows([contestant, i, *row] for i, row in enumerate(zip(*(by[t] for t in titles))))
 
 
-def save_svg(path, W, H, parts):
+def verdict(claim, values):
+    """One sentence: does the difference go the way that the headline says, by more than two standard errors?"""
+    better, worse = claim.says
+    if better not in values or worse not in values:
+        return "no verdict: contestants are missing"
+    title = next(iter(claim.measures))
+    differences = [x - y for x, y in zip(values[better][title], values[worse][title])]
+    mean, n = statistics.mean(differences), len(differences)
+    error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    gain = mean if claim.higher else -mean
+    says = "reproduced" if gain > 2 * error else "the other way round" if gain < -2 * error else "not told apart"
+    return f"{says}: {title}, {better} - {worse}, paired by seed: {mean:+.4f} ± {error:.4f} (standard error, {n} runs)"
+
+
+COLORS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22 #17becf".split()
+STYLE = ('<style>text{font:12px sans-serif;fill:#222}.axis{stroke:#999;fill:none}@media (prefers-color-scheme:dark){'
+         "text{fill:#ddd}.axis{stroke:#777}}</style>")  # fmt: skip
+
+
+def chart(path, title, lines, xlabel, ylabel):
+    """An SVG of {name: [(x, low, mean, high), ...]}: a line and a band each; the y axis begins where the differences are
+    visible, the legend stands beside the curves."""
+    xs = [x for points in lines.values() for x, *_ in points]
+    ys = sorted(y for points in lines.values() for _, low, _, high in points[len(points) // 4 :] for y in (low, high))
+    left, right, low, high = min(xs), max(max(xs), min(xs) + 1e-9), ys[0], max(ys[-1], ys[0] + 1e-9)
+    at = lambda x, y: f"{60 + 430 * (x - left) / (right - left):.1f},{40 + 270 * (high - min(y, high)) / (high - low):.1f}"
+    parts = [f'<text x="60" y="20">{title}</text><rect class="axis" x="60" y="40" width="430" height="270"/>']
+    for f in (0, 0.25, 0.5, 0.75, 1):
+        y, x = high - f * (high - low), left + f * (right - left)
+        parts.append(f'<text x="54" y="{44 + 270 * f:.0f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text x="{60 + 430 * f:.0f}" y="326" text-anchor="middle">{x:.4g}</text>')
+    for i, (name, points) in enumerate(lines.items()):
+        color, points = COLORS[i % len(COLORS)], [p for p in points if p[2] <= high + 0.2 * (high - low)]
+        band = [at(x, a) for x, a, _, _ in points] + [at(x, b) for x, _, _, b in reversed(points)]
+        parts.append(f'<polygon points="{" ".join(band)}" fill="{color}" opacity="0.15"/>')
+        parts.append(f'<polyline points="{" ".join(at(x, m) for x, _, m, _ in points)}" fill="none" stroke="{color}"/>')
+        parts.append(f'<rect x="505" y="{44 + 18 * i}" width="12" height="4" fill="{color}"/>')
+        parts.append(f'<text x="522" y="{52 + 18 * i}">{name}</text>')
+    parts.append(f'<text x="275" y="346" text-anchor="middle">{xlabel}</text><text x="6" y="20">{ylabel}</text>')
     with open(path, "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{W}" height="{H}" font-family="sans-serif" font-size="11">'
-                f'<rect width="{W}" height="{H}" fill="white"/>{"".join(parts)}</svg>\n')  # fmt: skip
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 356">{STYLE}{"".join(parts)}</svg>\n')
+
+
+def band(rows):
+    """[(x, y)] of several runs -> [(x, mean - sd, mean, mean + sd)], as far as all of them go."""
+    points = []
+    for group in zip(*rows):
+        ys = [y for _, y in group]
+        sd = statistics.stdev(ys) if len(ys) > 1 else 0.0
+        points.append((group[0][0], statistics.mean(ys) - sd, statistics.mean(ys), statistics.mean(ys) + sd))
+    return points
 
 
 def smooth(values, n=5):
     return [statistics.mean(values[max(0, i - n) : i + 1]) for i in range(len(values))]
 
 
-def curves(objective, results, path):
-    """Training loss against steps and against time, first seed, as a plain SVG (no plotting package needed)."""
-    colors = ["#333333", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#d62728", "#8c564b"]
-    data = {m: by["steps"][0]["curve"] for m, by in results.items()}
-    low = min(min(smooth([c[1] for c in d])) for d in data.values())
-    high = statistics.median([d[min(len(d) - 1, 6)][1] for d in data.values()])
-    parts = []
-    for x0, axis, label in ((50, 0, "steps"), (530, 2, "seconds")):
-        lines = [(color, list(zip([c[axis] for c in d], smooth([c[1] for c in d])))) for color, d in zip(colors, data.values())]
-        parts += panel(x0, 10, 420, 300, lines, max(d[-1][axis] for d in data.values()), low, high, f"training loss of {objective} against {label}")
-    parts += [f'<text x="390" y="{30 + 16 * i}" fill="{color}" font-size="13">{m}</text>' for i, (color, m) in enumerate(zip(colors, data))]
-    save_svg(path, 970, 350, parts)
+def curves(name, claim, logs, out):
+    """The training loss of all contestants, mean and band over seeds."""
+    lines = {}
+    for contestant, runs in logs.items():
+        runs = [training(log) for log in runs]
+        rows = [list(zip([e["step"] for e in r], smooth([e["loss"] for e in r]))) for r in runs]
+        if "time" not in contestant and "labels" not in contestant:
+            lines[contestant] = band(rows)
+    chart(os.path.join(out, f"{name}.svg"), f"{name}: training loss, mean and band over seeds", lines, "steps", "nats")
 
 
-def picture(source, path):
+def phases(source, path):
     """EvoMoE's phases over the steps of one run: loss, temperature, experts per token, from its log.jsonl."""
-    with open(source) as f:
-        log = [e for e in map(json.loads, f) if "loss" in e]
-    log = [{"phase": "diversify", "tau": math.nan} | e for e in log]
+    log = [{"phase": "diversify", "tau": math.nan} | e for e in training(read_log(source))]
     if all(e["tau"] != e["tau"] for e in log):
         raise SystemExit(f"claims: {source} is not the log of a run with --gate=dts")
-    right, parts = log[-1]["step"], []
     values = {"loss": smooth([e["loss"] for e in log], 2), "temperature": [e["tau"] for e in log],
               "experts per token": [e.get("experts_per_token", 1.0) for e in log]}  # fmt: skip
+    right, parts = log[-1]["step"], []
     for i, (label, ys) in enumerate(values.items()):
         real = [y for y in ys if y == y]
-        low, high = (min(real), max(real)) if i == 0 else (0, max(real))
-        parts += panel(50, 30 + 190 * i, 520, 140, [("#1f77b4", list(zip([e["step"] for e in log], ys)))], right, low, high, label)
-    for e, before in zip(log, [{"phase": ""}] + log):
+        low, high = (min(real), max(real)) if i == 0 else (0, 1.1 * max(real))
+        x = lambda e: 50 + 520 * e["step"] / right
+        points = [f"{x(e):.1f},{30 + 190 * i + 140 * (high - y) / (high - low or 1):.1f}" for e, y in zip(log, ys) if y == y]
+        parts.append(f'<rect class="axis" x="50" y="{30 + 190 * i}" width="520" height="140"/>')
+        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{COLORS[0]}"/>')
+        parts.append(f'<text x="310" y="{186 + 190 * i}" text-anchor="middle">{label}</text>')
+        parts += [f'<text x="44" y="{y}" text-anchor="end">{v:.2f}</text>' for y, v in ((40 + 190 * i, high), (170 + 190 * i, low))]
+    for e, before in zip(log, [{"phase": "", "step": 0}, *log]):
         if e["phase"] != before["phase"]:
-            x = 50 + 520 * (before.get("step", 0)) / right
-            parts.append(f'<line x1="{x}" x2="{x}" y1="16" y2="550" stroke="#d62728" stroke-dasharray="3"/><text x="{x + 3}" y="24" fill="#d62728">{e["phase"]}</text>')
-    save_svg(path, 600, 590, parts)
-
-
-def tune(a):
-    """Learning rate, then each method's own knobs at the best of them, on gpt, one seed."""
-    common = f"--objective=gpt {SIZES['gpt']} {a.flags} --seed=100"
-    with ThreadPoolExecutor(a.workers) as pool:
-        job = lambda m, knob: pool.submit(run, f"tune-{m}{knob}".replace(" ", ""), f"{common} {METHODS[m]} {knob}", a)
-        rates = {m: {rate: job(m, rate) for rate in RATES} for m in KNOBS}
-        best = {m: min(by, key=lambda rate: by[rate].result()["loss"]) for m, by in rates.items()}
-        more = {m: {knob: job(m, f"{best[m]} {knob}") for knob in KNOBS[m]} for m in KNOBS}
-        table = {m: {k: f.result()["loss"] for k, f in (rates[m] | more[m]).items()} for m in KNOBS}
-    print("\n| method | learning rate, or knob at the best one | loss |\n|---|---|---|")
-    for m, by in table.items():
-        for knob, loss in by.items():
-            print(f"| {m} | `{knob}` | {loss:.3f} |")
+            at, color = 50 + 520 * before["step"] / right, COLORS[3]
+            parts.append(f'<line x1="{at}" x2="{at}" y1="16" y2="550" stroke="{color}" stroke-dasharray="3"/>')
+            parts.append(f'<text x="{at + 3}" y="{14 if e["phase"] in ("diversify", "tighten") else 26}">{e["phase"]}</text>')
+    with open(path, "w") as f:
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 590">{STYLE}{"".join(parts)}</svg>\n')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", nargs="+", choices=[*SIZES, "tune", "table", "picture"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", nargs="*", help="; ".join([*CLAIMS, "unbiased", "comet", "phases"]))
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a minute, to see that it works")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default="", help="comma-separated; all by default")
-    parser.add_argument("--yardsticks", default="steps,rows,time")
-    parser.add_argument("--flags", default="", help="more flags for every run, for example '--n_embd=256 --max_steps=3000'")
-    parser.add_argument("--device", default="")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--first", type=int, default=1337, help="the first seed")
+    parser.add_argument("--methods", default="", help="regular expressions of contestants, with ; between them")
+    parser.add_argument("--flags", default="", help="more flags of train.py for every run")
+    parser.add_argument("--workers", type=int, default=2, help="seeds at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
-    parser.add_argument("--log", default=os.path.join(ROOT, "out", "log.jsonl"), help="picture: of which run; drawn beside it as phases.svg")
-    parser.add_argument("--out", default=os.path.join(ROOT, "out-claims"))
+    parser.add_argument("--log", default=os.path.join(ROOT, "out", "log.jsonl"), help="phases: of which run")
+    parser.add_argument("--out", default="")
     a = parser.parse_args()
+    a.out = a.out or os.path.join(ROOT, "out-claims" + "-quick" * a.quick)
     os.makedirs(a.out, exist_ok=True)
-    path = os.path.join(a.out, "results.json")
-    results = json.load(open(path)) if os.path.exists(path) else {}
-    for what in a.what:
-        if what == "tune":
-            tune(a)
-        elif what == "picture":
-            picture(a.log, os.path.join(os.path.dirname(a.log), "phases.svg"))
-        elif what in SIZES:
-            results[what] = compare(what, a)
-            with open(path, "w") as f:
-                json.dump(results, f)
-    for objective, r in results.items():
-        table(objective, r)
-        curves(objective, r, os.path.join(a.out, f"curves-{objective}.svg"))
+    if a.list or not a.claims:
+        print("\n".join(f"{name:20} {claim.headline}" for name, claim in CLAIMS.items()))
+        print("unbiased             skipping is unbiased and has less variance than balanced matching, exactly enumerated\n"
+              "comet                permutation search finds better assignments with fewer trials")  # fmt: skip
+    for name in a.claims:
+        if name == "phases":
+            phases(os.path.dirname(a.log), os.path.join(os.path.dirname(a.log), "phases.svg"))
+        elif name in ("unbiased", "comet"):
+            import toys
+
+            getattr(toys, name)(a)
+        elif name in CLAIMS:
+            logs = run_claim(name, CLAIMS[name], a)
+            values = {c: {t: [f(log) for log in runs] for t, f in CLAIMS[name].measures.items()} for c, runs in logs.items()}
+            tell(name, CLAIMS[name], values, a.out)
+            curves(name, CLAIMS[name], logs, a.out)
+        else:
+            raise SystemExit(f"claims: {name} is unknown; there are: {', '.join([*CLAIMS, 'unbiased', 'comet', 'phases'])}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""
+Two claims that need no Transformer, for tests/claims.py:
+
+    python tests/claims.py unbiased     every sample and every survivor of a small problem, enumerated: bias and spread
+    python tests/claims.py comet        multi-task regression on shared experts: trials needed with and without local search
+"""
+
+import csv
+import itertools
+import math
+import os
+import random
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from router import COMET, DSelectK, Hash, Permuted, TopK, best_assignment, matching_log_q, skip_weights
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unbiased: n datapoints, E experts, c slots each. Router logits theta (n, E) are free, expert z predicts phi_z, the loss
+# is (a_i - phi_z)^2. The gradient of sum_i E_{z ~ softmax(theta_i)} loss_i(z) / n is known exactly
+
+
+class Problem:
+    """n datapoints, E experts, c = n / E slots; skew: how much all datapoints prefer the same expert."""
+
+    def __init__(self, skew, n=6, E=3):
+        g = torch.Generator().manual_seed(3)
+        self.n, self.E, self.c = n, E, n // E
+        theta = torch.randn(n, E, generator=g, dtype=torch.double) * 0.7
+        theta[:, 0] += skew
+        a, phi = torch.randn(n, generator=g, dtype=torch.double), torch.linspace(-1, 1.2, E, dtype=torch.double)
+        self.logp, self.p = theta.log_softmax(1), theta.softmax(1)
+        self.loss, self.slope = (a[:, None] - phi) ** 2, -2 * (a[:, None] - phi)  # (n, E)
+        centred = self.loss - (self.p * self.loss).sum(1, keepdim=True)
+        self.truth = torch.cat([(self.p * centred).flatten(), (self.p * self.slope).sum(0)]) / n
+
+    def gradient(self, z, w, baseline):
+        """Samples z (M, n), weights w (M, n) -> (M, n * E + E): w (grad log p (loss - baseline) + grad loss)."""
+        one = F.one_hot(z, self.E).double()
+        loss = (one * self.loss).sum(2)
+        theta = (w * (loss - baseline))[:, :, None] * (one - self.p)
+        return torch.cat([theta.flatten(1), (w[:, :, None] * one * self.slope).sum(1)], 1) / self.n
+
+    def samples(self):
+        """Every z and its probability."""
+        z = torch.tensor(list(itertools.product(range(self.E), repeat=self.n)))
+        return z, self.logp[torch.arange(self.n), z].sum(1).exp()
+
+    def skipping(self, weighted):
+        """Independent samples; a full expert keeps a random c: all surviving subsets of all samples."""
+        Z, W, P = [], [], []
+        for z, prob in zip(*self.samples()):
+            members = [(z == e).nonzero()[:, 0].tolist() for e in range(self.E)]
+            sets = list(itertools.product(*(itertools.combinations(m, min(len(m), self.c)) for m in members)))
+            for kept in sets:
+                u = torch.zeros(self.n, dtype=torch.double)
+                u[[i for part in kept for i in part]] = 1
+                w = skip_weights(z, u, self.E, self.c)
+                Z.append(z), W.append(w if weighted else (w > 0).double()), P.append(prob / len(sets))
+        return torch.stack(Z), torch.stack(W), torch.stack(P)
+
+    def matching(self, weighted, draws=4000):
+        """Gumbel-Matching: balanced samples with weights p / q, by simulation (the noise is continuous)."""
+        g, Z, W = torch.Generator().manual_seed(0), [], []
+        for _ in range(draws):
+            noise = -(-torch.rand(self.n, self.E, generator=g, dtype=torch.double).log()).log()
+            z, dist = best_assignment(self.logp + noise, self.c)
+            log_w = (self.logp - matching_log_q(self.logp, z, dist)).gather(1, z[:, None])[:, 0]
+            Z.append(z), W.append(log_w.exp() if weighted else torch.ones(self.n, dtype=torch.double))
+        return torch.stack(Z), torch.stack(W), torch.full((draws,), 1 / draws, dtype=torch.double)
+
+
+def unbiased(a):
+    """Bias and standard deviation of the gradient, relative to its norm, for a mild and a skewed router."""
+    print("\n### unbiased: skipping is unbiased and spreads less than balanced matching\n")
+    print("Bias (the length of mean - truth) and spread (root of the summed variance), as multiples of the true gradient.")
+    print("Skipping and no capacity: exact, by enumeration. Matching: 4000 draws, so a bias below about 0.02 is noise.\n")
+    print("| estimator | baseline | bias, skew 0 | spread | bias, skew 1.5 | spread |\n|---|---|---|---|---|---|")
+    table, draws = [], 200 if a.quick else 4000
+    kinds = {
+        "no capacity": lambda p: (*p.samples()[:1], torch.ones(len(p.samples()[0]), p.n).double(), p.samples()[1]),
+        "skipping, weighted": lambda p: p.skipping(True),
+        "skipping, unweighted": lambda p: p.skipping(False),
+        "matching, weighted": lambda p: p.matching(True, draws),
+        "matching, unweighted": lambda p: p.matching(False, draws),
+    }
+    for name, sample in kinds.items():
+        for how in ("none", "exact mean"):
+            row = [name, how]
+            for skew in (0.0, 1.5):
+                problem = Problem(skew)
+                z, w, prob = sample(problem)
+                baseline = (problem.p * problem.loss).sum(1) if how != "none" else 0.0
+                g = problem.gradient(z, w, baseline)
+                mean = (prob[:, None] * g).sum(0)
+                spread = (prob[:, None] * (g - mean) ** 2).sum().sqrt()
+                row += [float((mean - problem.truth).norm() / problem.truth.norm()), float(spread / problem.truth.norm())]
+            table.append(row)
+            print(f"| {name} | {how} | " + " | ".join(f"{v:.3f}" for v in row[2:]) + " |", flush=True)
+    skip, match = table[3], table[7]  # weighted, with the exact mean as the baseline
+    print(f"\nverdict: skipping {'is' if skip[2] < 1e-9 and skip[4] < 1e-9 else 'is NOT'} unbiased, exactly; its spread is "
+          f"{skip[3] / match[3]:.2f} of matching's at skew 0 and {skip[5] / match[5]:.2f} at skew 1.5")  # fmt: skip
+    write(a, "unbiased", ["estimator", "baseline", "bias 0", "spread 0", "bias 1.5", "spread 1.5"], table)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COMET: the paper's recommender in small. Eight tasks share four linear experts; a task's target is a fixed random
+# mixture of two of four hidden functions of x. The gate reads the task (one-hot), as a task-specific gate does there
+
+
+def make_task(seed, tasks=8, D=12, hidden=4, n=512):
+    g = torch.Generator().manual_seed(seed)
+    functions = torch.randn(hidden, D, D, generator=g) / D**0.5
+    mix = torch.zeros(tasks, hidden)
+    for t in range(tasks):
+        mix[t, torch.randperm(hidden, generator=g)[:2]] = torch.tensor([1.0, 0.7])
+    x, task = torch.randn(3 * n, D, generator=g), torch.randint(tasks, (3 * n,), generator=g)
+    features = torch.stack([(x @ f).tanh().sum(1) for f in functions], 1) / D**0.5  # (3n, hidden)
+    y = (mix[task] * features).sum(1) + 0.05 * torch.randn(3 * n, generator=g)
+    return [(x[s], task[s], y[s]) for s in (slice(0, n), slice(n, 2 * n), slice(2 * n, 3 * n))]
+
+
+def gate_of(method, tasks, E, knobs, steps):
+    base = {"hash": lambda: Hash(tasks, E, V=tasks, k=2, kind="random", seed=knobs["seed"]),
+            "topk": lambda: TopK(tasks, E, k=2, balance=knobs["loss"]),
+            "dselectk": lambda: DSelectK(tasks, E, k=2, gamma=knobs["gamma"], entropy=knobs["loss"]),
+            "comet": lambda: COMET(tasks, E, k=2, gamma=knobs["gamma"], entropy=knobs["loss"])}[method.rstrip("+")]()  # fmt: skip
+    return Permuted(base, steps, knobs["search"]) if method.endswith("+") else base
+
+
+def trial(method, seed, steps, tasks=8, E=4, D=12, H=4):
+    """One random configuration, trained: -> (validation, test) mean squared error at the best of five validations."""
+    rng = random.Random(seed * 1009 + 7)
+    knobs = dict(seed=seed, loss=10 ** rng.uniform(-5, -1), gamma=10 ** rng.uniform(-1, 1), search=rng.uniform(0.02, 0.3))
+    rate = 10 ** rng.uniform(-3, -1)
+    torch.manual_seed(seed)
+    train, val, test = make_task(0, tasks, D)
+    gate = gate_of(method, tasks, E, knobs, steps)
+    w1 = torch.nn.Parameter(torch.randn(E, D, H) / D**0.5)
+    w2 = torch.nn.Parameter(torch.randn(E, H) / H**0.5)
+    optimizer = torch.optim.Adam([p for p in [w1, w2, *gate.parameters()] if p.requires_grad], lr=rate)
+
+    def error(data):
+        x, task, y = data
+        routing = gate(F.one_hot(task, tasks).float(), task)
+        out = torch.einsum("neh,eh->ne", torch.einsum("nd,edh->neh", x, w1).tanh(), w2)  # (N, E)
+        return ((routing.G * out).sum(1) - y).square().mean(), routing.aux
+
+    best = (math.inf, math.inf)
+    for step in range(steps):
+        gate.train().set_step(step)
+        loss, aux = error(train)
+        loss = loss + sum(gate.loss_weights.get(name, 0) * value for name, value in aux.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % max(1, steps // 5) == 0:
+            gate.eval()
+            with torch.no_grad():
+                best = min(best, (float(error(val)[0]), float(error(test)[0])))
+    return best
+
+
+def expected_best(results, s, draws=2000):
+    """Bootstrap: mean test error of the best by validation among s of the finished trials."""
+    rng = random.Random(0)
+    return statistics.mean(min(rng.choices(results, k=s))[1] for _ in range(draws))
+
+
+def comet(a):
+    """Random search, the same number of trials for each method; how many does it need with and without local search?"""
+    trials, steps = (6, 20) if a.quick else (100, 400)
+    methods = ["hash", "hash+", "topk", "topk+", "dselectk", "dselectk+", "comet", "comet+"]
+    results = {m: [r for r in (trial(m, seed, steps) for seed in range(trials)) if math.isfinite(r[0])] for m in methods}
+    print(f"\n### comet: permutation search ({trials} trials of {steps} steps each; + is with local search)\n")
+    counts = [s for s in (1, 2, 5, 10, 20, 50, 100) if s <= trials]
+    print("| method | mean test error of the best 5 % by validation | " + " | ".join(f"best of {s}" for s in counts) + " |")
+    print("|---" * (len(counts) + 2) + "|")
+    rows = []
+    for m, found in results.items():
+        top = [test for _, test in sorted(found)[: max(1, len(found) // 20)]]
+        rows.append([m, statistics.mean(top), *(expected_best(found, s) for s in counts)])
+        print(f"| {m} | " + " | ".join(f"{v:.4f}" for v in rows[-1][1:]) + " |", flush=True)
+    by = {row[0]: row for row in rows}
+    for m in ("hash", "topk", "dselectk", "comet"):
+        target = expected_best(results[m], counts[-1])
+        need = next((s for s in range(1, trials + 1) if expected_best(results[m + "+"], s, 300) <= target), None)
+        says = f"reaches it with {need}" if need else f"does not reach it with {trials}"
+        print(f"{m}: the best of {counts[-1]} has {target:.4f}; {m}+ {says}")
+    better = [m for m in ("hash", "topk", "dselectk", "comet") if by[m + "+"][1] < by[m][1]]
+    print(f"\nverdict: local search lowers the error of the best 5 % for {', '.join(better) or 'none'} of the four")
+    write(a, "comet", ["method", "best 5 %", *(f"best of {s}" for s in counts)], rows)
+    import claims
+
+    lines = {m: [(s, *[expected_best(found, s)] * 3) for s in counts] for m, found in results.items()}
+    claims.chart(os.path.join(a.out, "comet.svg"), "comet: expected best test error", lines, "trials", "mse")
+
+
+def write(a, name, head, rows):
+    with open(os.path.join(a.out, f"{name}.csv"), "w", newline="") as f:
+        csv.writer(f).writerows([head, *rows])
