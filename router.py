@@ -1289,12 +1289,12 @@ def balanced_assignment(scores, eps=0.05, rounds=128):
        The N % E additional seats go to the dearest experts.
     2. Auction (Bertsekas) from these prices. A token without a seat offers its best expert all that it gains over its
        second best, plus eps; a full expert keeps the highest bids and its price is the lowest of them.
-    When at most N (r + 8) / 4096 tokens are left after r rounds, full experts close and the rest take the best of what is
-    free; after `rounds` they take what is free in order. So the sizes hold always: with ties, equal rows, scores that are
-    not finite (taken as the lowest finite one). If nobody is left to the closing, the sum is within 2 N eps sigma of
-    the optimum for these seats: eps from the auction, eps from the ripple below. Measured: 0.005 N sigma below it as a
-    rule, 0.06 at worst for scores with a density, 0.197 for sparse ones (0 or 1), which use up the rounds. Called by
-    BASE; one wait for the device per round, 5 to 10 rounds, more when tokens repeat."""
+    When at most N (r + 8) / 4096 tokens are left after r rounds, full experts close and the rest take the best of what
+    is free; after `rounds` they take what is free in order. So the sizes hold always: with ties, equal rows, scores
+    that are not finite (taken as the lowest finite one). If nobody is left to the closing, the sum is within 2 N eps
+    sigma of the optimum for these seats: eps from the auction, eps from the ripple below. Measured: 0.005 N sigma below
+    it as a rule, 0.06 at worst for scores with a density, 0.197 for sparse ones (0 or 1), which use up the rounds.
+    Called by BASE; one wait for the device per round, 5 to 10 rounds, more when tokens repeat."""
     N, E = scores.shape
     if E == 1 or N == 0:
         return torch.zeros(N, dtype=torch.long, device=scores.device)
