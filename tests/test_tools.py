@@ -6,7 +6,6 @@ import xml.dom.minidom
 
 import pytest
 
-import ranks  # noqa: F401  puts the repository on the path
 import bench
 import claims
 
