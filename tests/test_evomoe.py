@@ -1,5 +1,5 @@
 """
-The curriculum: phases and the dense-to-sparse gate, the spawn on any number of processes, resuming at every border,
+The curriculum: phases and the gates' schedules, the spawn on any number of processes, resuming at every border,
 upcycling, MoEBERT's split and distillation. Runs go through train.main on a corpus of a few thousand bytes.
 """
 
@@ -22,9 +22,8 @@ import train
 from data.bpe import make_tokenizer
 from data.files import write_text
 from data.objectives import LanguageModelling
-from experts import Experts, MoE, feed_forward
+from experts import Experts, feed_forward
 from model import GPT, RoBERTa
-from router import DTS, Place, make_gate
 
 E, V = 4, 50
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, n_experts=E, batch_size=4, gate="dts")
@@ -98,28 +97,7 @@ def test_wrong_flags_are_one_line(wrong, corpus, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-# -- the gate ---------------------------------------------------------------------------------------------------------
-
-
-def gate(n=E, tau=1.0, s=1.0, tight=0.0, hard=False, **knobs):
-    """A DTS gate whose logits are its input, with noise of scale s."""
-    g = DTS(n, n, **knobs)
-    g.weight = nn.Parameter(torch.eye(n))
-    g.set("hard" if hard else "anneal", tau, s, tight)
-    return g
-
-
-def G(g, x, seed=0):
-    torch.manual_seed(seed)
-    return g(x, None).G
-
-
-@pytest.mark.parametrize("tau", [2.0, 0.1])
-def test_constant_noise_makes_the_choice_a_sample_of_softmax_at_any_temperature(tau):
-    z = torch.tensor([1.0, 0.0, -1.0, 0.5])
-    best = G(gate(tau=tau, noise="constant"), z.expand(20000, -1)).argmax(1)
-    assert (torch.bincount(best, minlength=E) / 20000 - z.softmax(0)).abs().max() < 0.015
-    assert G(gate(tau=tau).eval(), z[None]).argmax() == 0  # noise is off at evaluation
+# -- the gates' schedules ----------------------------------------------------------------------------------------------
 
 
 def test_the_gradient_does_not_jump_at_the_hard_switch():
@@ -153,75 +131,6 @@ def test_schedules_of_a_gate_are_shares_of_what_follows_the_spawn():
         evomoe.set_step(model, step, cfg)
         moving.append(bool(model.gates()[0].gamma > 0))
     assert moving == [True] * 99 + [False]  # anneal = 0.966 of the 50 steps from 50 on
-
-
-def test_reading_ids_the_gate_sees_nothing_else():
-    g, ids = DTS(8, E, reads="id", V=10).eval(), torch.tensor([3, 7, 3])
-    G = g(torch.randn(3, 8), ids).G
-    y = (g.weight[ids] / g.tau).softmax(1)
-    assert torch.equal(G, y * (y > 0.001)) and torch.equal(G[0], G[2]) and not torch.equal(G[0], G[1])
-    G[:, 0].sum().backward()
-    assert (g.weight.grad != 0).any(1).nonzero()[:, 0].tolist() == [3, 7]
-
-
-def test_limits_of_the_temperature():
-    x = torch.randn(64, E)
-    torch.manual_seed(0)
-    best = (x + Place(64).gumbel(E)).topk(2)
-    clear = best.values[:, 0] - best.values[:, 1] > 0.02
-    cold = G(gate(tau=1e-3), x) - nn.functional.one_hot(best.indices[:, 0], E)
-    assert clear.sum() > 50 and cold[clear].abs().max() < 1e-6
-    assert (G(gate(tau=1e4), x) - 1 / E).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("k", [1, 2])
-def test_experts_per_token_fall_to_k_and_never_below(k):
-    x = torch.randn(512, 16)
-    n = [(G(gate(16, tau=tau, k=k), x) > 0).sum(1) for tau in (2, 1, 0.5, 0.3, 0.1)]
-    n += [(G(gate(16, tau=0.1, tight=t, k=k), x) > 0).sum(1) for t in (0.3, 0.6, 1)]
-    assert all((a >= b).all() for a, b in zip(n, n[1:]))  # each token's
-    assert n[0].float().mean() > 15.9 and (n[-1] == k).all()  # more than half can go to one only
-    assert ((G(gate(16, tau=0.5, hard=True, k=k), x) > 0).sum(1) == k).all()
-    many = torch.randn(8, 2048)  # 1 / 2048 is below the threshold: without the guard nobody would be left
-    assert ((G(gate(2048, tau=1e3, k=k), many) > 0).sum(1) == k).all()
-
-
-def test_experts_per_token_of_standard_normal_logits():
-    """E = 16, one standard normal logit each: an independent count gave 15.1, 8.2, 4.4 and 1.8."""
-    x = torch.randn(20000, 16)
-    for tau, expected in (1.0, 15.1), (0.5, 8.2), (0.3, 4.4), (0.1, 1.8):
-        assert (G(gate(16, tau=tau), x) > 0).sum(1).float().mean() == pytest.approx(expected, rel=0.03)
-
-
-def test_balance_loss_is_one_when_balanced_and_has_no_gradient_while_dense():
-    g, x = gate(tau=2.0), torch.randn(256, E)
-    loss = g(x, None).aux["balance"]
-    loss.backward()
-    assert loss.item() == pytest.approx(1, abs=1e-5) and g.weight.grad.abs().max() < 1e-6
-    g = gate(tau=0.1, s=0.0)
-    g(x[x[:, 0] > 1], None).aux["balance"].backward()  # crowded: there is a force
-    assert g.weight.grad.abs().max() > 1e-3
-
-
-def test_the_router_keeps_its_gradient():
-    x = torch.randn(64, E)
-    for hard in False, True:
-        g = gate(tau=0.5, s=0.0, hard=hard)
-        out = g(x, None).G
-        (out * torch.randn_like(out)).sum().backward()
-        assert (g.weight.grad.abs().sum(1) > 0).all()
-
-
-def test_hard_switch_takes_away_no_more_than_the_lesser_experts():
-    """The step from soft to hard takes at most 1 - max y out of a row of G; and nothing at all, in value and gradient,
-    once the bar has risen: above one half there is room for one."""
-    x, direction = torch.randn(256, E), torch.randn(256, E)
-    for tight in 0.0, 1.0:
-        soft, hard = (gate(tau=0.3, s=0.0, tight=tight, hard=h) for h in (False, True))
-        a, b = G(soft, x), G(hard, x)
-        assert ((a - b).sum(1) <= 1 - a.max(1).values + 1e-6).all()
-        (a * direction).sum().backward(), (b * direction).sum().backward()
-        assert torch.equal(a, b) == torch.equal(soft.weight.grad, hard.weight.grad) == (tight == 1)
 
 
 # -- the spawn ---------------------------------------------------------------------------------------------------------
