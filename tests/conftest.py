@@ -1,11 +1,21 @@
-"""One thread: the models are tiny, and comparisons bit for bit between processes need the same number in each."""
+"""Fixtures of several files. One thread: the models are tiny, and comparisons bit for bit between processes need the
+same number in each."""
 
+import signal
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: tests import its files by name
+pytest.register_assert_rewrite("layers", "runs")  # their asserts, too, say what was compared
+import train
+from data.bpe import Tokenizer
+from data.files import write_pairs, write_text
+from runs import flags
+
 torch.set_num_threads(1)
 
 
@@ -13,3 +23,41 @@ def pytest_addoption(parser):
     parser.addoption(
         "--turns", type=int, default=1, help="how much of the product of every gate with everything else: 1 to 12 (all)"
     )
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run in this process leaves its signal handlers behind."""
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for s, handler in old.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory):
+    """{objective: folder}: two domains of text, and sentence pairs, in bytes."""
+    folder, tok = tmp_path_factory.mktemp("data"), Tokenizer("bytes", [bytes([i]) for i in range(256)])
+    words = "the cat sat on a mat and saw two dogs run far away from him".split()
+    rng = np.random.default_rng(0)
+    texts = lambda n: [" ".join(rng.choice(words, 12)) for _ in range(n)]
+    split = lambda n: {"prose": texts(n), "code": [t.upper() for t in texts(n)]}
+    write_text(str(folder / "text"), tok, {"train": split(40), "val": split(8)}, "a test")
+    pairs = lambda n: [(t[:13], t[::-1][:11]) for t in texts(n)]
+    write_pairs(
+        str(folder / "pairs"), tok, ("en", "ne"), {"train": pairs(80), "val": pairs(12), "test": pairs(9)}, "a test"
+    )
+    return {
+        "gpt": folder / "text",
+        "roberta": folder / "text",
+        "classify": folder / "text",
+        "translation": folder / "pairs",
+    }
+
+
+@pytest.fixture(scope="session")
+def trained(corpora, tmp_path_factory):
+    """An out_dir after 6 steps, with checkpoints at 3 and 6."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    train.main(flags(corpora, out, "--save_every=3"))
+    return out

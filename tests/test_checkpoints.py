@@ -16,18 +16,13 @@ import torch.distributed as td
 import torch.multiprocessing as mp
 
 from ranks import run_ranks
+from runs import same
 from test_dist import D, E, LAYOUTS, V, default_dtype, largest, make, train_step  # noqa: F401
 import dist
 from dist import Mesh, make_mesh
 
 
 # -- save and load -------------------------------------------------------------------------------------------
-
-
-def same(a, b):
-    if not isinstance(a, dict):
-        return torch.equal(a, b)
-    return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
 
 
 def write_checkpoints(rank, world, folder):
@@ -416,6 +411,23 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path, bad, where):
     spoil[0, 0] = bad
     with pytest.raises(ValueError, match=f"{what} not finite at step 8; the last good checkpoint is step 6 "):
         dist.save_checkpoint(tmp_path, 8, model, opt, Mesh(), config={"a": 1})
+
+
+def test_moments_that_are_not_finite_are_not_saved(tmp_path):
+    """Weights can still be finite when Adam's moments are not: such a checkpoint is no good one to resume from."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.weight]["exp_avg_sq"][0, 0] = float("inf")
+    with pytest.raises(ValueError, match="moments are not finite at step 7; there is no checkpoint yet"):
+        dist.save_checkpoint(tmp_path, 7, model, optimizer, dist.Mesh(), config={"a": 1})
+    assert dist.latest(tmp_path) is None
+    optimizer.state[model.weight]["exp_avg_sq"][0, 0] = 1.0
+    dist.save_checkpoint(tmp_path, 7, model, optimizer, dist.Mesh(), config={"a": 1})
+    model.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="weights are not finite at step 9; the last good checkpoint is step 7"):
+        dist.save_checkpoint(tmp_path, 9, model, optimizer, dist.Mesh(), config={"a": 1})
 
 
 def save_on_ranks(rank, world, folder):

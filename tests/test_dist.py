@@ -568,6 +568,20 @@ def test_an_error_on_one_rank_is_everybodys():
         assert seen == [rank, "no space", "no space (process 1)", "no space", 7, "no space", 0]
 
 
+def opens_on(rank, world, which):
+    mesh = make_mesh(rank, world, 1, 1)
+    try:
+        return mesh.on_all(lambda: open("/nowhere") if rank in which else rank)
+    except ValueError as error:
+        return str(error)
+
+
+def test_an_error_of_the_system_keeps_its_words_on_every_rank():
+    assert run_ranks(2, opens_on, []) == [0, 1]
+    assert run_ranks(2, opens_on, [1]) == ["[Errno 2] No such file or directory: '/nowhere' (process 1)"] * 2
+    assert run_ranks(2, opens_on, [0, 1]) == ["[Errno 2] No such file or directory: '/nowhere'"] * 2
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [

@@ -6,7 +6,6 @@ upcycling, MoEBERT's split and distillation. Runs go through train.main on a cor
 import copy
 import dataclasses
 import functools
-import json
 import math
 
 import pytest
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ranks import run_ranks
 import dist
 import evomoe
+import runs
 import train
 from data.bpe import make_tokenizer
 from data.files import write_text
@@ -26,11 +26,11 @@ from experts import Experts, feed_forward
 from model import GPT, RoBERTa
 
 E, V = 4, 50
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, n_experts=E, batch_size=4, gate="dts")
+SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, n_experts=E, batch_size=4, gate="dts")
 
 
 def config(**more):
-    return train.configure({**TINY, **more})
+    return train.configure({**SIZES, **more})
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,13 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def run(corpus, out, **flags):
-    """train.main on the tiny corpus -> the log as a list of dicts."""
-    flags = {**TINY, "dataset": corpus, "out_dir": str(out), "max_steps": 8, "warmup": 2, "log_every": 1,
+def train_on(corpus, out, **flags):
+    """train.main on the tiny corpus -> its log."""
+    flags = {**SIZES, "dataset": corpus, "out_dir": str(out), "max_steps": 8, "warmup": 2, "log_every": 1,
              "save_every": 1,
              "eval_every": 0, "sample_tokens": 1, "device": "cpu", **flags}  # fmt: skip
     train.main([f"--{name}={value}" for name, value in flags.items()])
-    return [json.loads(line) for line in open(f"{out}/log.jsonl")]
+    return runs.log(out, keep=None)
 
 
 def small_gpt(cfg, mesh=None, n_experts=0):
@@ -93,7 +93,7 @@ def test_phases():
 def test_wrong_flags_are_one_line(wrong, corpus, tmp_path):
     """Refused at the start: nothing is written."""
     with pytest.raises(ValueError) as error:
-        run(corpus, tmp_path / "out", **wrong)
+        train_on(corpus, tmp_path / "out", **wrong)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -217,8 +217,8 @@ def test_other_spawns(how):
 
 
 def test_before_the_spawn_it_is_the_dense_run(corpus, tmp_path):
-    evo = run(corpus, tmp_path / "evo", diversify=0.5, gate_args="anneal=0.4,hard=0.6")
-    dense = run(corpus, tmp_path / "dense", n_experts=1)
+    evo = train_on(corpus, tmp_path / "evo", diversify=0.5, gate_args="anneal=0.4,hard=0.6")
+    dense = train_on(corpus, tmp_path / "dense", n_experts=1)
     assert losses(evo)[:4] == losses(dense)[:4] and losses(evo)[4:] != losses(dense)[4:]
     k = [entry.get("experts_per_token", 1) for entry in evo if "loss" in entry]
     assert k[:5] == [1, 1, 1, 1, E] and k[-1] == 1
@@ -239,7 +239,7 @@ class Interrupted(Exception):
 def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, flags):
     """Interrupted before each of the steps 1 to 7, and continued by a new process's worth of state each time."""
     monkeypatch.setattr(train, "sample_losses", functools.partial(train.sample_losses, n=6))
-    whole = run(corpus, tmp_path / "whole", **flags)
+    whole = train_on(corpus, tmp_path / "whole", **flags)
     make = LanguageModelling.train_batch
     for step in range(1, 9):
 
@@ -251,7 +251,7 @@ def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path,
         monkeypatch.setattr(LanguageModelling, "train_batch", stop)
         resume = dict(init_from="resume") if step > 1 else {}
         try:
-            parts = run(corpus, tmp_path / "parts", **flags, **resume)
+            parts = train_on(corpus, tmp_path / "parts", **flags, **resume)
         except Interrupted:
             assert step < 8
     assert losses(parts) == losses(whole) and parts[-1]["val_loss"] == whole[-1]["val_loss"]
@@ -261,16 +261,18 @@ def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path,
 
 
 def test_upcycling_a_dense_run(corpus, tmp_path, capsys):
-    run(corpus, tmp_path / "dense", n_experts=1)
-    held = run(corpus, tmp_path / "none", init_from=tmp_path / "dense", n_experts=1, learning_rate=1e-9, weight_decay=0)
-    grown = run(
+    train_on(corpus, tmp_path / "dense", n_experts=1)
+    held = train_on(
+        corpus, tmp_path / "none", init_from=tmp_path / "dense", n_experts=1, learning_rate=1e-9, weight_decay=0
+    )
+    grown = train_on(
         corpus, tmp_path / "moe", init_from=tmp_path / "dense", spawn="copy", learning_rate=1e-9, weight_decay=0
     )
     assert losses(grown)[0] == pytest.approx(losses(held)[0], abs=1e-5)
     with pytest.raises(ValueError, match="holds a mixture"):
-        run(corpus, tmp_path / "again", init_from=tmp_path / "moe")
+        train_on(corpus, tmp_path / "again", init_from=tmp_path / "moe")
     with pytest.raises(ValueError, match="n_embd"):
-        run(corpus, tmp_path / "wrong", init_from=tmp_path / "dense", n_embd=32)
+        train_on(corpus, tmp_path / "wrong", init_from=tmp_path / "dense", n_embd=32)
 
 
 def test_gpt2_weights(tmp_path, monkeypatch):
@@ -394,10 +396,10 @@ def test_distillation_by_hand_and_symmetric():
 def test_the_documented_distillation_runs(gate, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "sample_losses", functools.partial(train.sample_losses, n=6))
     small = dict(objective="roberta", moe_every=1, max_steps=20, learning_rate=0.01, save_every=20)
-    run(corpus, tmp_path / "teacher", n_experts=1, **small)
+    train_on(corpus, tmp_path / "teacher", n_experts=1, **small)
     student = dict(distill=1.0, gate=gate, spawn="importance", spawn_ratio=0.5, expert_hidden=16)
-    log = run(corpus, tmp_path / "student", init_from=tmp_path / "teacher", **{**small, **student})
+    log = train_on(corpus, tmp_path / "student", init_from=tmp_path / "teacher", **{**small, **student})
     told = [entry for entry in log if "mse" in entry]
     assert told[-1]["mse"] < 0.7 * told[0]["mse"] and told[0]["kl"] > 0
-    resumed = run(corpus, tmp_path / "student", init_from="resume", **{**small, **student, "max_steps": 22})
+    resumed = train_on(corpus, tmp_path / "student", init_from="resume", **{**small, **student, "max_steps": 22})
     assert "mse" in [entry for entry in resumed if "loss" in entry][-1]

@@ -7,7 +7,6 @@ What holds for every gate is asked of every gate, found by gates(). Decoding is 
 import itertools
 import json
 import re
-import signal
 import types
 from collections import Counter
 from functools import partial
@@ -29,18 +28,14 @@ from data.files import write_pairs, write_text
 from experts import feed_forward
 from model import GPT, RoBERTa, Translator
 from router import gates
+from runs import config
 
 GATES = sorted(gates())
 CAUSAL = [name for name in GATES if gates()[name].looks_ahead != "always"]
 EOT, MASK, PAD, BOS, V = 5, 6, 7, 8, 9  # a vocabulary of five ordinary tokens, specials last
 BYTES = Tokenizer("bytes", [bytes([i]) for i in range(256)])
-TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=24 --batch_size=4 --max_steps=4 --warmup=2 --eval_every=0 "
+SMALL = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=24 --batch_size=4 --max_steps=4 --warmup=2 --eval_every=0 "
         "--eval_batches=2 --log_every=2 --save_every=0 --n_experts=4 --device=cpu").split()  # fmt: skip
-
-
-def config(gate="switch", **more):
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_experts=4, block_size=16, max_steps=10, k=0)
-    return train.Config(**sizes | dict(gate=gate) | more)
 
 
 def build(kind, gate="switch", mesh=None, V=V, std=0.25, **more):
@@ -61,17 +56,8 @@ def ids(*shape, seed=0):
     return torch.randint(0, EOT, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """A run in this process leaves its signal handlers behind."""
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for s, handler in old.items():
-        signal.signal(s, handler)
-
-
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory):
+def letters(tmp_path_factory):
     """{kind: folder}, in bytes: two domains of text; sentence pairs, some longer than a block of 24."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     texts = lambda n, alphabet: ["".join(rng.choice(list(alphabet), 40)) for _ in range(n)]
@@ -223,10 +209,10 @@ def test_masks_are_spread_over_a_table_without_telling_the_answer():
         assert gate.table[0, V:].bincount().tolist() == [4, 4, 4, 4]  # every expert works on masks
 
 
-def test_fill_masks(corpora, tmp_path, capsys):
+def test_fill_masks(letters, tmp_path, capsys):
     """--sample fills masks; probabilities are the model's; unusable prompts are one line each."""
     out = f"--out_dir={tmp_path}"
-    train.main([*TINY, "--objective=roberta", f"--dataset={corpora['text']}", out])
+    train.main([*SMALL, "--objective=roberta", f"--dataset={letters['text']}", out])
     shown = capsys.readouterr().out
     assert (
         re.search(r"val loss \d+\.\d+  accuracy 0\.\d+  loss_left \d", shown)
@@ -252,11 +238,11 @@ def test_fill_masks(corpora, tmp_path, capsys):
 # Fine-tuning
 
 
-def test_classify(corpora, tmp_path, capsys):
+def test_classify(letters, tmp_path, capsys):
     """From a trained RoBERTa and from scratch: the labels are learnt, the gates are not told them, resume continues."""
-    text, first, tuned = f"--dataset={corpora['text']}", tmp_path / "first", tmp_path / "tuned"
-    train.main([*TINY, "--objective=roberta", text, f"--out_dir={first}", "--n_experts=2", "--gate=hash", "--seed=5"])
-    flags = [f for f in TINY if not re.match("--(n_|block|max)", f)] + [
+    text, first, tuned = f"--dataset={letters['text']}", tmp_path / "first", tmp_path / "tuned"
+    train.main([*SMALL, "--objective=roberta", text, f"--out_dir={first}", "--n_experts=2", "--gate=hash", "--seed=5"])
+    flags = [f for f in SMALL if not re.match("--(n_|block|max)", f)] + [
         "--objective=classify",
         text,
         "--learning_rate=0.01",
@@ -275,18 +261,18 @@ def test_classify(corpora, tmp_path, capsys):
     assert float(re.search(r"step +40 \| val loss \S+ +accuracy (\S+)", shown)[1]) > 0.9
     train.main([f"--out_dir={tuned}", "--sample=xyzzy wxyz"])
     assert re.search(r"-> right [5-9]\d %", capsys.readouterr().out)
-    train.main([*TINY, "--objective=classify", text, f"--out_dir={tmp_path / 'scratch'}"])
+    train.main([*SMALL, "--objective=classify", text, f"--out_dir={tmp_path / 'scratch'}"])
     cfg = train.configure(train.parse(["--objective=classify", "--block_size=24", "--batch_size=4", text]))
     batch = train.open_objective(cfg).train_batch(0)
     assert batch.keys() == {"x", "y"} and batch["y"].shape == (4, 1)
 
 
-def test_classify_starts_from_a_roberta_only(corpora, tmp_path):
+def test_classify_starts_from_a_roberta_only(letters, tmp_path):
     train.main(
         [
-            *TINY,
+            *SMALL,
             "--objective=translation",
-            f"--dataset={corpora['pairs']}",
+            f"--dataset={letters['pairs']}",
             f"--out_dir={tmp_path}",
             "--bleu_sentences=1",
         ]
@@ -295,14 +281,14 @@ def test_classify_starts_from_a_roberta_only(corpora, tmp_path):
         train.main(
             [
                 "--objective=classify",
-                f"--dataset={corpora['text']}",
+                f"--dataset={letters['text']}",
                 f"--init_from={tmp_path}",
                 f"--out_dir={tmp_path}/new",
             ]
         )
     with pytest.raises(ValueError, match="no checkpoint"):
         train.main(
-            ["--objective=classify", f"--dataset={corpora['text']}", "--init_from=nowhere", f"--out_dir={tmp_path}/new"]
+            ["--objective=classify", f"--dataset={letters['text']}", "--init_from=nowhere", f"--out_dir={tmp_path}/new"]
         )
 
 
@@ -385,11 +371,11 @@ def ranks_translate(rank, world, folder, n):
     return translations(dist.make_mesh(rank, world, 4), folder, n)
 
 
-def test_ranks_translate_like_one_process(corpora):
+def test_ranks_translate_like_one_process(letters):
     """Five sentences on two ranks that share the experts: all ranks have all translations, those of one process."""
-    one = translations(dist.Mesh(), str(corpora["pairs"]), 5)
+    one = translations(dist.Mesh(), str(letters["pairs"]), 5)
     assert len(one[0]) == 5
-    for result in run_ranks(2, ranks_translate, str(corpora["pairs"]), 5):
+    for result in run_ranks(2, ranks_translate, str(letters["pairs"]), 5):
         assert result == one
 
 
@@ -435,9 +421,9 @@ def test_bleu_by_hand():
 # Translation, end to end
 
 
-def test_translation_end_to_end(corpora, tmp_path, capsys):
+def test_translation_end_to_end(letters, tmp_path, capsys):
     """Train, translate, resume, evaluate; pairs that are too long are counted and left out."""
-    out, start = f"--out_dir={tmp_path}", [*TINY, "--objective=translation", f"--dataset={corpora['pairs']}"]
+    out, start = f"--out_dir={tmp_path}", [*SMALL, "--objective=translation", f"--dataset={letters['pairs']}"]
     train.main([*start, out, "--bleu_sentences=5", "--label_smoothing=0.1", "--schedule=inverse_sqrt"])
     shown = capsys.readouterr().out
     assert "left out, longer than block_size=24 tokens: 2 of 42 train pairs, 1 of 8 test pairs" in shown
@@ -459,9 +445,9 @@ def test_translation_end_to_end(corpora, tmp_path, capsys):
         train.main([*start, f"--out_dir={tmp_path}/few", "--batch_size=64"])
 
 
-def test_batches_of_pairs(corpora):
+def test_batches_of_pairs(letters):
     """An epoch has every pair that fits once, in batches of similar length; the loss counts every target token once."""
-    cfg = config(objective="translation", dataset=str(corpora["pairs"]), block_size=24, batch_size=4)
+    cfg = config(objective="translation", dataset=str(letters["pairs"]), block_size=24, batch_size=4)
     objective = train.open_objective(cfg)
     corpus = objective.corpus
     seen, spread = Counter(), []
@@ -489,19 +475,6 @@ def test_batches_of_pairs(corpora):
     )
     log_p = logits.log_softmax(2)[[0, 0, 1], [0, 1, 0]]
     assert torch.allclose(nll, -log_p[range(3), [1, 2, 3]]) and torch.allclose(smooth, 0.9 * nll - 0.1 * log_p.mean(1))
-
-
-def test_inverse_sqrt_schedule():
-    cfg = config(schedule="inverse_sqrt", warmup=100, learning_rate=1.0, max_steps=600)
-    rate = [train.learning_rate(step, cfg) for step in (0, 49, 99, 399)]
-    assert np.allclose(rate, [0.01, 0.5, 1.0, 0.5])
-
-
-def test_a_short_run_reaches_its_peak_half_way():
-    cfg = config(warmup=200, learning_rate=1.0, max_steps=100, min_lr=0.1)
-    rate = [train.learning_rate(step, cfg) for step in range(101)]
-    assert np.allclose([rate[0], rate[24], rate[49], rate[50], rate[75], rate[100]], [0.02, 0.5, 1, 1, 0.55, 0.1])
-    assert train.learning_rate(0, config(warmup=200, learning_rate=1.0, max_steps=1)) == 1
 
 
 @pytest.mark.parametrize("grad_accum", [1, 2, 4])
