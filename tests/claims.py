@@ -1,19 +1,20 @@
 """
 Every paper's headline, one command each: what does the idea do when you run it?
 
-    python tests/claims.py switch                  run what is missing, print the table, draw the picture, say the verdict
-    python tests/claims.py switch --quick          the same at a size where it takes a minute and the numbers mean nothing
-    python tests/claims.py --list                  the claims there are
+    python tests/claims.py switch              run what is missing, print the table, draw the picture, say the verdict
+    python tests/claims.py switch --quick      the same at a size where it takes a minute and the numbers mean nothing
+    python tests/claims.py --list              the claims there are
     python tests/claims.py evomoe --seeds=5 --workers=4 --flags="--device=cuda --n_embd=256 --max_steps=3000"
-    python tests/claims.py phases --log=out/log.jsonl      EvoMoE's phases in one run: loss, temperature, experts per token
+    python tests/claims.py phases --log=out/log.jsonl    one EvoMoE run: loss, temperature, experts per token
 
-A claim is a table of contestants (flags of train.py) and measures (functions of a run's log). Contestants share seeds, and
-differences are paired by seed. Time is the CPU time of one thread (on a GPU: the clock), start-up left out. Runs are
-kept in --out, one folder each; a second call runs only what is missing or was cut off. Beside them: CLAIM.csv, CLAIM.svg.
+A claim is a table of contestants (flags of train.py) and measures (functions of a run's log). Contestants share seeds,
+and differences are paired by seed. Time is the CPU time of one thread (on a GPU: the clock), start-up left out. Runs
+are kept in --out, one folder each; a second call runs only what is missing or was cut off. Beside them: CLAIM.csv,
+CLAIM.svg.
 
-In the flags of a contestant, {NAME} is the folder of the contestant NAME of the same seed, and {A/B} is --max_steps times
-the time of A over the time of B: as many steps as fit into the time that A took. A verdict asks whether the difference in
-the first measure is more than two standard errors away from zero.
+In the flags of a contestant, {NAME} is the folder of the contestant NAME of the same seed, and {A/B} is --max_steps
+times the time of A over the time of B: as many steps as fit into the time that A took. A verdict asks whether the
+difference in the first measure is more than two standard errors away from zero.
 """
 
 import argparse
@@ -144,7 +145,9 @@ def few_labels(out, sizes=(50, 200, 1000), T=64):
 
 
 def at_equal_time(methods):
-    return methods | {f"{m}, dense's time": f"{flags} --max_steps={{dense/{m}}}" for m, flags in methods.items() if m != "dense"}
+    return methods | {
+        f"{m}, dense's time": f"{flags} --max_steps={{dense/{m}}}" for m, flags in methods.items() if m != "dense"
+    }
 
 
 def budgets(dense_steps=600):
@@ -192,7 +195,8 @@ CLAIMS = {
         {"between nodes": between_nodes} | LOSS | COST, ranks=2),
     "locmoeplus": Claim(
         "experts need ever fewer tokens, at the same loss",
-        {"floor 1 (never fewer)": "--gate=locmoeplus --gate_args=floor=1", "floor 0.5": "--gate=locmoeplus --gate_args=floor=0.5",
+        {"floor 1 (never fewer)": "--gate=locmoeplus --gate_args=floor=1", "floor 0.5": "--gate=locmoeplus "
+                                                                                        "--gate_args=floor=0.5",
          "floor 0.25": "--gate=locmoeplus", "floor 0.1": "--gate=locmoeplus --gate_args=floor=0.1",
          "locmoe, capacity 1.1": "--gate=locmoe --capacity_factor=1.1"},
         ("floor 0.25", "floor 1 (never fewer)"), "",
@@ -207,7 +211,7 @@ CLAIMS = {
          "random": STUDENT + " --spawn=importance --label_smoothing=0"},
         ("importance", "random"), "--objective=roberta --moe_every=1",
         LOSS | {"loss of the first step": lambda log: training(log)[0]["loss"]} | COST,
-        quick="--n_hidden=128 --expert_hidden=64 --spawn_ratio=0.5", patch="random_cut"),
+        quick="--n_hidden=128 --expert_hidden=64 --spawn_ratio=0.75", patch="random_cut"),
     "pretraining": Claim(
         "pre-training pays where labels are few",
         {"roberta": "--objective=roberta --max_steps=1000 --learning_rate=4e-3 --warmup=200 --dropout=0"}
@@ -284,7 +288,11 @@ def finished(folder):
 
 def launch(argv, contestant, patch, ranks, threads):
     """One run of train.py in a process of its own. RuntimeError with its last lines if it fails."""
-    start = ["-c", f"import claims; claims.patched({patch!r}, {argv!r})"] if patch else [os.path.join(ROOT, "train.py"), *argv]
+    start = (
+        ["-c", f"import claims; claims.patched({patch!r}, {argv!r})"]
+        if patch
+        else [os.path.join(ROOT, "train.py"), *argv]
+    )
     if ranks > 1:
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *start]
     path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
@@ -300,14 +308,20 @@ def one_seed(name, claim, seed, a, places):
     for contestant, flags in claim.contestants.items():
         if a.methods and not any(re.fullmatch(m, contestant) for m in a.methods.split(";")):
             continue
-        folder = places[contestant] = os.path.join(a.out, f"{name}-{contestant}-{seed}".replace(" ", "_").replace("%", ""))
+        folder = places[contestant] = os.path.join(
+            a.out, f"{name}-{contestant}-{seed}".replace(" ", "_").replace("%", "")
+        )
         argv = f"{claim.common} {flags} {QUICK + ' ' + claim.quick if a.quick else ''} {a.flags} --seed={seed}"
         if ratio := re.search(r"--max_steps=\{([^/}]+)/([^}]+)\}", argv):
             n = round(steps(logs[ratio[2]]) * seconds(logs[ratio[1]]) / seconds(logs[ratio[2]]))
             argv = argv.replace(ratio[0], "") + f" --max_steps={max(1, n)}"
         argv = re.sub(r"\{(\w+)\}", lambda m: places[m[1]], argv).split()
         if a.quick and "classify" in argv[-1] + " ".join(argv):  # its shape is the pre-trained model's
-            argv = [f for f in argv if not re.match("--(n_layer|n_embd|block_size)=", f) or "--init_from" not in " ".join(argv)]
+            argv = [
+                f
+                for f in argv
+                if not re.match("--(n_layer|n_embd|block_size)=", f) or "--init_from" not in " ".join(argv)
+            ]
         if (log := finished(folder)) is None:
             shutil.rmtree(folder, ignore_errors=True)
             argv += [f"--out_dir={folder}", "--save_every=0", "--sample_tokens=1"]
@@ -376,12 +390,14 @@ STYLE = ('<style>text{font:12px sans-serif;fill:#222}.axis{stroke:#999;fill:none
 
 
 def chart(path, title, lines, xlabel, ylabel):
-    """An SVG of {name: [(x, low, mean, high), ...]}: a line and a band each; the y axis begins where the differences are
-    visible, the legend stands beside the curves."""
+    """An SVG of {name: [(x, low, mean, high), ...]}: a line and a band each; the y axis begins where the differences
+    are visible, the legend stands beside the curves."""
     xs = [x for points in lines.values() for x, *_ in points]
     ys = sorted(y for points in lines.values() for _, low, _, high in points[len(points) // 4 :] for y in (low, high))
     left, right, low, high = min(xs), max(max(xs), min(xs) + 1e-9), ys[0], max(ys[-1], ys[0] + 1e-9)
-    at = lambda x, y: f"{60 + 430 * (x - left) / (right - left):.1f},{40 + 270 * (high - min(y, high)) / (high - low):.1f}"
+    at = lambda x, y: (
+        f"{60 + 430 * (x - left) / (right - left):.1f},{40 + 270 * (high - min(y, high)) / (high - low):.1f}"
+    )
     parts = [f'<text x="60" y="20">{title}</text><rect class="axis" x="60" y="40" width="430" height="270"/>']
     for f in (0, 0.25, 0.5, 0.75, 1):
         y, x = high - f * (high - low), left + f * (right - left)
@@ -436,16 +452,23 @@ def phases(source, path):
         real = [y for y in ys if y == y]
         low, high = (min(real), max(real)) if i == 0 else (0, 1.1 * max(real))
         x = lambda e: 50 + 520 * e["step"] / right
-        points = [f"{x(e):.1f},{30 + 190 * i + 140 * (high - y) / (high - low or 1):.1f}" for e, y in zip(log, ys) if y == y]
+        points = [
+            f"{x(e):.1f},{30 + 190 * i + 140 * (high - y) / (high - low or 1):.1f}" for e, y in zip(log, ys) if y == y
+        ]
         parts.append(f'<rect class="axis" x="50" y="{30 + 190 * i}" width="520" height="140"/>')
         parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{COLORS[0]}"/>')
         parts.append(f'<text x="310" y="{186 + 190 * i}" text-anchor="middle">{label}</text>')
-        parts += [f'<text x="44" y="{y}" text-anchor="end">{v:.2f}</text>' for y, v in ((40 + 190 * i, high), (170 + 190 * i, low))]
+        parts += [
+            f'<text x="44" y="{y}" text-anchor="end">{v:.2f}</text>'
+            for y, v in ((40 + 190 * i, high), (170 + 190 * i, low))
+        ]
     for e, before in zip(log, [{"phase": "", "step": 0}, *log]):
         if e["phase"] != before["phase"]:
             at, color = 50 + 520 * before["step"] / right, COLORS[3]
             parts.append(f'<line x1="{at}" x2="{at}" y1="16" y2="550" stroke="{color}" stroke-dasharray="3"/>')
-            parts.append(f'<text x="{at + 3}" y="{14 if e["phase"] in ("diversify", "tighten") else 26}">{e["phase"]}</text>')
+            parts.append(
+                f'<text x="{at + 3}" y="{14 if e["phase"] in ("diversify", "tighten") else 26}">{e["phase"]}</text>'
+            )
     with open(path, "w") as f:
         f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 590">{STYLE}{"".join(parts)}</svg>\n')
 
@@ -468,7 +491,8 @@ def main():
     os.makedirs(a.out, exist_ok=True)
     if a.list or not a.claims:
         print("\n".join(f"{name:20} {claim.headline}" for name, claim in CLAIMS.items()))
-        print("unbiased             skipping is unbiased and has less variance than balanced matching, exactly enumerated\n"
+        print("unbiased             skipping is unbiased and has less variance than balanced matching, exactly "
+              "enumerated\n"
               "comet                permutation search finds better assignments with fewer trials")  # fmt: skip
     for name in a.claims:
         if name == "phases":
@@ -479,11 +503,15 @@ def main():
             getattr(toys, name)(a)
         elif name in CLAIMS:
             logs = run_claim(name, CLAIMS[name], a)
-            values = {c: {t: [f(log) for log in runs] for t, f in CLAIMS[name].measures.items()} for c, runs in logs.items()}
+            values = {
+                c: {t: [f(log) for log in runs] for t, f in CLAIMS[name].measures.items()} for c, runs in logs.items()
+            }
             tell(name, CLAIMS[name], values, a.out)
             curves(name, CLAIMS[name], logs, a.out)
         else:
-            raise SystemExit(f"claims: {name} is unknown; there are: {', '.join([*CLAIMS, 'unbiased', 'comet', 'phases'])}")
+            raise SystemExit(
+                f"claims: {name} is unknown; there are: {', '.join([*CLAIMS, 'unbiased', 'comet', 'phases'])}"
+            )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 Two claims that need no Transformer, for tests/claims.py:
 
     python tests/claims.py unbiased     every sample and every survivor of a small problem, enumerated: bias and spread
-    python tests/claims.py comet        multi-task regression on shared experts: trials needed with and without local search
+    python tests/claims.py comet        multi-task regression on shared experts: trials needed with and without search
 """
 
 import csv
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from router import COMET, DSelectK, Hash, Permuted, TopK, best_assignment, matching_log_q, skip_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Unbiased: n datapoints, E experts, c slots each. Router logits theta (n, E) are free, expert z predicts phi_z, the loss
-# is (a_i - phi_z)^2. The gradient of sum_i E_{z ~ softmax(theta_i)} loss_i(z) / n is known exactly
+# Unbiased: n datapoints, E experts, c slots each. Router logits theta (n, E) are free, expert z predicts phi_z, the
+# loss is (a_i - phi_z)^2. The gradient of sum_i E_{z ~ softmax(theta_i)} loss_i(z) / n is known exactly
 
 
 class Problem:
@@ -75,10 +75,14 @@ class Problem:
 def unbiased(a):
     """Bias and standard deviation of the gradient, relative to its norm, for a mild and a skewed router."""
     print("\n### unbiased: skipping is unbiased and spreads less than balanced matching\n")
-    print("Bias (the length of mean - truth) and spread (root of the summed variance), as multiples of the true gradient.")
-    print("Skipping and no capacity: exact, by enumeration. Matching: 4000 draws, so a bias below about 0.02 is noise.\n")
+    print(
+        "Bias (the length of mean - truth) and spread (root of the summed variance), as multiples of the true gradient."
+    )
+    print(
+        "Skipping and no capacity: exact, by enumeration. Matching: 4000 draws, so a bias below about 0.02 is noise.\n"
+    )
     print("| estimator | baseline | bias, skew 0 | spread | bias, skew 1.5 | spread |\n|---|---|---|---|---|---|")
-    table, draws = [], 200 if a.quick else 4000
+    table, draws = [], 100 if a.quick else 4000
     kinds = {
         "no capacity": lambda p: (*p.samples()[:1], torch.ones(len(p.samples()[0]), p.n).double(), p.samples()[1]),
         "skipping, weighted": lambda p: p.skipping(True),
@@ -87,20 +91,21 @@ def unbiased(a):
         "matching, unweighted": lambda p: p.matching(False, draws),
     }
     for name, sample in kinds.items():
-        for how in ("none", "exact mean"):
-            row = [name, how]
-            for skew in (0.0, 1.5):
-                problem = Problem(skew)
-                z, w, prob = sample(problem)
-                baseline = (problem.p * problem.loss).sum(1) if how != "none" else 0.0
-                g = problem.gradient(z, w, baseline)
+        rows = {"none": [name, "none"], "exact mean": [name, "exact mean"]}
+        for skew in (0.0, 1.5):
+            problem = Problem(skew)
+            z, w, prob = sample(problem)
+            for how, row in rows.items():
+                g = problem.gradient(z, w, (problem.p * problem.loss).sum(1) if how != "none" else 0.0)
                 mean = (prob[:, None] * g).sum(0)
                 spread = (prob[:, None] * (g - mean) ** 2).sum().sqrt()
-                row += [float((mean - problem.truth).norm() / problem.truth.norm()), float(spread / problem.truth.norm())]
+                row += [float(t / problem.truth.norm()) for t in ((mean - problem.truth).norm(), spread)]
+        for row in rows.values():
             table.append(row)
-            print(f"| {name} | {how} | " + " | ".join(f"{v:.3f}" for v in row[2:]) + " |", flush=True)
+            print(f"| {row[0]} | {row[1]} | " + " | ".join(f"{v:.3f}" for v in row[2:]) + " |", flush=True)
     skip, match = table[3], table[7]  # weighted, with the exact mean as the baseline
-    print(f"\nverdict: skipping {'is' if skip[2] < 1e-9 and skip[4] < 1e-9 else 'is NOT'} unbiased, exactly; its spread is "
+    print(f"\nverdict: skipping {'is' if skip[2] < 1e-9 and skip[4] < 1e-9 else 'is NOT'} unbiased, exactly; its "
+          f"spread is "
           f"{skip[3] / match[3]:.2f} of matching's at skew 0 and {skip[5] / match[5]:.2f} at skew 1.5")  # fmt: skip
     write(a, "unbiased", ["estimator", "baseline", "bias 0", "spread 0", "bias 1.5", "spread 1.5"], table)
 
@@ -123,17 +128,23 @@ def make_task(seed, tasks=8, D=12, hidden=4, n=512):
 
 
 def gate_of(method, tasks, E, knobs, steps):
-    base = {"hash": lambda: Hash(tasks, E, V=tasks, k=2, kind="random", seed=knobs["seed"]),
-            "topk": lambda: TopK(tasks, E, k=2, balance=knobs["loss"]),
-            "dselectk": lambda: DSelectK(tasks, E, k=2, gamma=knobs["gamma"], entropy=knobs["loss"]),
-            "comet": lambda: COMET(tasks, E, k=2, gamma=knobs["gamma"], entropy=knobs["loss"])}[method.rstrip("+")]()  # fmt: skip
-    return Permuted(base, steps, knobs["search"]) if method.endswith("+") else base
+    k, gamma, loss = 2, knobs["gamma"], knobs["loss"]
+    make = {
+        "hash": lambda: Hash(tasks, E, V=tasks, k=k, kind="random", seed=knobs["seed"]),
+        "topk": lambda: TopK(tasks, E, k, balance=loss),
+        "dselectk": lambda: DSelectK(tasks, E, k, gamma, entropy=loss),
+        "comet": lambda: COMET(tasks, E, k, gamma, entropy=loss),
+    }
+    gate = make[method.rstrip("+")]()
+    return Permuted(gate, steps, knobs["search"]) if method.endswith("+") else gate
 
 
 def trial(method, seed, steps, tasks=8, E=4, D=12, H=4):
     """One random configuration, trained: -> (validation, test) mean squared error at the best of five validations."""
     rng = random.Random(seed * 1009 + 7)
-    knobs = dict(seed=seed, loss=10 ** rng.uniform(-5, -1), gamma=10 ** rng.uniform(-1, 1), search=rng.uniform(0.02, 0.3))
+    knobs = dict(
+        seed=seed, loss=10 ** rng.uniform(-5, -1), gamma=10 ** rng.uniform(-1, 1), search=rng.uniform(0.02, 0.3)
+    )
     rate = 10 ** rng.uniform(-3, -1)
     torch.manual_seed(seed)
     train, val, test = make_task(0, tasks, D)
@@ -171,12 +182,18 @@ def expected_best(results, s, draws=2000):
 
 def comet(a):
     """Random search, the same number of trials for each method; how many does it need with and without local search?"""
-    trials, steps = (6, 20) if a.quick else (100, 400)
+    trials, steps = (4, 10) if a.quick else (100, 400)
     methods = ["hash", "hash+", "topk", "topk+", "dselectk", "dselectk+", "comet", "comet+"]
-    results = {m: [r for r in (trial(m, seed, steps) for seed in range(trials)) if math.isfinite(r[0])] for m in methods}
+    results = {
+        m: [r for r in (trial(m, seed, steps) for seed in range(trials)) if math.isfinite(r[0])] for m in methods
+    }
     print(f"\n### comet: permutation search ({trials} trials of {steps} steps each; + is with local search)\n")
     counts = [s for s in (1, 2, 5, 10, 20, 50, 100) if s <= trials]
-    print("| method | mean test error of the best 5 % by validation | " + " | ".join(f"best of {s}" for s in counts) + " |")
+    print(
+        "| method | mean test error of the best 5 % by validation | "
+        + " | ".join(f"best of {s}" for s in counts)
+        + " |"
+    )
     print("|---" * (len(counts) + 2) + "|")
     rows = []
     for m, found in results.items():

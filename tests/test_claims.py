@@ -1,0 +1,120 @@
+"""claims.py and toys.py do what their heads say, at sizes where the numbers mean nothing."""
+
+import dataclasses
+import json
+import sys
+import xml.dom.minidom
+from types import SimpleNamespace
+
+import pytest
+
+import claims
+import toys
+import train
+from data import files
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """What the command line gives, for runs of four steps in this process."""
+
+    def in_process(argv, contestant, patch, ranks, threads):
+        monkeypatch.setenv("CONTESTANT", contestant)
+        with monkeypatch.context() as m:
+            m.setattr(train, "evaluate", train.evaluate)  # put back what a patch changes
+            m.setattr(train.evomoe, "importance", train.evomoe.importance)
+            if patch:
+                getattr(claims, patch)(train)
+            train.main(argv)
+
+    monkeypatch.setattr(claims, "launch", in_process)
+    monkeypatch.setattr(train, "stop_on_signals", lambda: [])  # runs are in a thread, which may not ask for signals
+    flags = "--max_steps=4 --warmup=1 --eval_batches=1 --device=cpu --n_embd=16 --n_head=2 --log_every=1 --grad_clip=1"
+    return SimpleNamespace(
+        out=str(tmp_path), quick=True, seeds=2, first=1, methods="", flags=flags, workers=1, threads=1
+    )
+
+
+SOME = {  # contestants that are enough to see a claim work
+    "evomoe": "dense|switch|evomoe|evomoe, dense's time",
+    "evomoe_roberta": "switch|evomoe",
+    "evomoe_translation": "switch|evomoe",
+    "crossover": "dense|copies 100 %|switch 100 %|evomoe 10 %",
+    "switch": "dense|E 2|E 32",
+    "pays": "dense|switch|switch, dense's time",
+    "locmoeplus": "floor 1 .never fewer.|floor 0.25",
+    "pretraining": "roberta|tuned, 200 labels|scratch, 200 labels",
+}
+
+
+@pytest.mark.parametrize("name", [name for name, claim in claims.CLAIMS.items() if claim.ranks == 1])
+def test_quick_form(name, options, corpora, monkeypatch, capsys):
+    """Runs, table with a deviation, verdict, CSV, picture; a second call runs nothing."""
+    claim = claims.CLAIMS[name]
+    kind = "translation" if "translation" in claim.common else "gpt"
+    monkeypatch.setattr(files, "corpus_folder", lambda name: str(corpora["gpt"]))
+    monkeypatch.setattr(files, "prepare_missing", lambda name: None)
+    options.methods = SOME.get(name, "")
+    options.flags += f" --dataset={corpora[kind]}" * (claim.setup is None)
+    if claim.setup:  # each contestant names a corpus of its own
+        first = {"roberta": claim.contestants["roberta"] + f" --dataset={corpora['gpt']}"}
+        claim = dataclasses.replace(claim, contestants=claim.contestants | first)
+    logs = claims.run_claim(name, claim, options)
+    values = {c: {t: [f(log) for log in runs] for t, f in claim.measures.items()} for c, runs in logs.items()}
+    claims.tell(name, claim, values, options.out)
+    claims.curves(name, claim, logs, options.out)
+    said = capsys.readouterr().out
+    assert " ± " in said and "paired by seed" in said and claim.headline in said
+    xml.dom.minidom.parse(f"{options.out}/{name}.svg")
+    assert len(open(f"{options.out}/{name}.csv").readlines()) == 1 + 2 * len(logs)
+    monkeypatch.setattr(claims, "launch", lambda *more: pytest.fail("a finished run ran again"))
+    assert claims.run_claim(name, claim, options) == logs
+
+
+def test_locmoe_sends_rows_between_its_nodes(options, corpora, monkeypatch):
+    monkeypatch.undo()  # real processes
+    options.methods, options.seeds, options.flags = "locmoe 1", 1, options.flags + f" --dataset={corpora['gpt']}"
+    logs = claims.run_claim("locmoe", claims.CLAIMS["locmoe"], options)
+    assert all(0 < claims.between_nodes(log) < 1 for runs in logs.values() for log in runs)
+
+
+def test_verdicts():
+    claim = claims.Claim("", {}, says=("a", "b"), measures={"loss": None})
+    tell = lambda a, b, **more: claims.verdict(dataclasses.replace(claim, **more), {"a": {"loss": a}, "b": {"loss": b}})
+    assert tell([1.0, 1.1, 0.9], [2.0, 2.1, 2.0]).startswith(
+        "reproduced: loss, a - b, paired by seed: -1.0333 ± 0.0333"
+    )
+    assert tell([1.0, 1.1, 0.9], [2.0, 2.1, 2.0], higher=True).startswith("the other way round")
+    assert tell([1.0, 3.0], [2.0, 2.0]).startswith("not told apart") and tell([1.0], [2.0]).startswith("not told apart")
+    assert "missing" in tell([1.0], [2.0], says=("a", "c"))
+
+
+def test_the_toys(options, capsys):
+    toys.unbiased(options)
+    said = capsys.readouterr().out
+    assert "skipping is unbiased, exactly" in said and "| skipping, weighted | none | 0.000 |" in said
+    toys.comet(options)
+    assert "comet+" in capsys.readouterr().out
+
+
+def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
+    log = [dict(step=1, loss=5.0)]
+    log += [
+        dict(step=1 + i, loss=5.0 - i, phase=p, tau=t, experts_per_token=k)
+        for i, (p, t, k) in enumerate([("anneal", 2.0, 8.0), ("tighten", 0.3, 4.0), ("hard", 0.3, 1.0)], 1)
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+    claims.phases(tmp_path, tmp_path / "phases.svg")
+    svg = xml.dom.minidom.parse(str(tmp_path / "phases.svg"))
+    said = {t.firstChild.data for t in svg.getElementsByTagName("text")}
+    assert len(svg.getElementsByTagName("polyline")) == 3
+    assert {"loss", "temperature", "experts per token", "diversify", "hard"} <= said
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict(step=1, loss=5.0)) + "\n")
+    with pytest.raises(SystemExit, match="not the log of a run with --gate=dts"):
+        claims.phases(tmp_path, tmp_path / "phases.svg")
+
+
+def test_an_unknown_claim_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["claims.py", "nothing"])
+    with pytest.raises(SystemExit, match="nothing is unknown; there are: evomoe"):
+        claims.main()
