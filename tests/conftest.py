@@ -12,9 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: tests import its files by name
 pytest.register_assert_rewrite("layers", "runs")  # their asserts, too, say what was compared
 import train
-from data.bpe import Tokenizer
 from data.files import write_pairs, write_text
-from runs import flags
+from runs import BYTES, flags
 
 torch.set_num_threads(1)
 
@@ -37,7 +36,7 @@ def handlers():
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory):
     """{objective: folder}: two domains of text, and sentence pairs, in bytes."""
-    folder, tok = tmp_path_factory.mktemp("data"), Tokenizer("bytes", [bytes([i]) for i in range(256)])
+    folder, tok = tmp_path_factory.mktemp("data"), BYTES
     words = "the cat sat on a mat and saw two dogs run far away from him".split()
     rng = np.random.default_rng(0)
     texts = lambda n: [" ".join(rng.choice(words, 12)) for _ in range(n)]
@@ -53,6 +52,20 @@ def corpora(tmp_path_factory):
         "classify": folder / "text",
         "translation": folder / "pairs",
     }
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """{kind: folder}, easy to learn, in bytes: two domains of text; sentence pairs, some longer than a block of 24."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    texts = lambda n, alphabet: ["".join(rng.choice(list(alphabet), 40)) for _ in range(n)]
+    split = lambda n: {"left": texts(n, "abcd "), "right": texts(n, "wxyz ")}
+    write_text(str(folder / "text"), BYTES, {"train": split(20), "val": split(6)}, "a test")
+    pairs = lambda n: [(t[: 5 + i % 8], t[: 5 + i % 8].upper()) for i, t in enumerate(texts(n, "abcd"))]
+    long = [("a" * 24, "b"), ("a", "b" * 30)]
+    write_pairs(str(folder / "pairs"), BYTES, ("lower", "upper"),
+                {"train": pairs(40) + long, "val": pairs(8), "test": long[:1] + pairs(7)}, "a test")  # fmt: skip
+    return {"text": folder / "text", "pairs": folder / "pairs"}
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import torch
 
 from router import Place, gates, make_gate
 
-
 GATES = sorted(gates())
 D, H, E, V, B, T, STEPS = 8, 6, 4, 30, 4, 8, 20  # STEPS: length of the run that schedules see
 COUNTS = torch.arange(V, 0, -1)  # token counts, for gates that balance a table

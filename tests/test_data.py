@@ -1,6 +1,8 @@
 """
-data/: the byte-pair trainer against the textbook's quadratic one, round trips, splits that share nothing, the
-grammar's German, and what damaged files, broken downloads and crashes leave behind. No network.
+data/: the byte-pair trainer against the textbook's quadratic one, what damaged files, broken downloads and crashes
+leave behind, splits that share nothing, the grammar's German, batches, BLEU. No network.
+
+In the order bpe.py, files.py, download.py, the corpora, batches.py, bleu.py. (Objectives: test_objectives.py.)
 """
 
 import ast
@@ -16,16 +18,23 @@ import subprocess
 import sys
 import tarfile
 import threading
+import types
 import zipfile
 from argparse import Namespace
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+
+import train
+from data import bpe, download, files
+from data.batches import mask_tokens, micro_batches, random_starts
+from data.bleu import bleu, corpus_bleu, counts, words
+from runs import BYTES, config
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
 sys.path[:0] = [DATA, os.path.join(DATA, "grammar")]
-from data import bpe, download, files
 import grammar
 
 TEXT = (
@@ -42,7 +51,7 @@ def script(name):
     return module
 
 
-def flags(out_dir, **more):
+def options(out_dir, **more):
     return Namespace(**dict(out_dir=str(out_dir), data_dir="", tokenizer="bpe", vocab_size=400) | more)
 
 
@@ -62,8 +71,8 @@ def sentences(folder, split):
     return list(zip(*sides))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+# bpe.py
 
 
 def naive_bpe(text, size):
@@ -160,14 +169,261 @@ def test_gpt2_out_of_reach_is_one_line(monkeypatch):
     assert bpe.make_tokenizer("auto", 300, [TEXT]).name == "bpe"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Corpora
+# ---------------------------------------------------------------------------------------------------------------------
+# files.py
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    tok = bpe.make_tokenizer("bpe", 300, [TEXT])
+    splits = {"train": {"a": [TEXT, "x"], "b": [TEXT]}, "val": {"a": ["y"], "b": ["z"]}}
+    files.write_text(tmp_path, tok, splits, "test")
+    return tmp_path
+
+
+def everything(folder):
+    meta = files.load_meta(folder)
+    return files.load_tokenizer(folder), [files.load_split(folder, meta, split) for split in meta["splits"]]
+
+
+def test_large_vocabularies_take_four_bytes():
+    assert [files.token_type(v) for v in (65536, 65537)] == ["uint16", "uint32"]
+
+
+def crash():
+    yield TEXT
+    raise RuntimeError("the power fails")
+
+
+def test_crash_while_writing_leaves_nothing_new(tmp_path, prepared):
+    tok = bpe.make_tokenizer("bytes", 0, ())
+    before = {path.name: path.read_bytes() for path in prepared.iterdir()}
+    for folder in (tmp_path / "new", prepared):
+        with pytest.raises(RuntimeError):
+            files.write_text(folder, tok, {"train": {"a": ["x"]}, "val": {"a": crash()}}, "test")
+    assert not list((tmp_path / "new").iterdir())
+    assert {path.name: path.read_bytes() for path in prepared.iterdir() if path.is_file()} == before
+
+
+def test_crash_while_renaming_leaves_no_meta(prepared, monkeypatch):
+    rename, calls = os.replace, []
+
+    def replace(a, b):
+        calls.append(b)
+        if len(calls) == 2:
+            raise RuntimeError("the power fails")
+        rename(a, b)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    tok = bpe.make_tokenizer("bytes", 0, ())
+    with pytest.raises(RuntimeError):
+        files.write_text(prepared, tok, {"train": {"a": ["x"]}, "val": {"a": ["y"]}}, "test")
+    with pytest.raises(FileNotFoundError, match="meta.json is missing"):
+        everything(prepared)
+
+
+def test_the_next_prepare_removes_what_a_killed_one_left(prepared):
+    for name in (".partial-old", ".partial-young"):
+        (prepared / name).mkdir()
+        (prepared / name / "train.bin").write_bytes(b"x")
+    os.utime(prepared / ".partial-old", (0, 0))
+    files.write_text(prepared, bpe.make_tokenizer("bytes", 0, ()), {"train": {"a": ["x"]}}, "test")
+    assert [name for name in os.listdir(prepared) if name.startswith(".")] == [".partial-young"], "may be at work"
+
+
+def test_missing_packages_are_prepared_with_the_tokenizer_of_stdlib(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(files, "HERE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files.subprocess, "run", lambda command: calls.append(command[2:]) or Namespace(returncode=0))
+    (tmp_path / "stdlib").mkdir()
+    files.prepare_missing("stdlib")
+    files.prepare_missing("stdlib/packages")
+    splits = {"train": {"a": [TEXT]}, "val": {"a": [TEXT]}}
+    files.write_text(tmp_path / "stdlib", bpe.make_tokenizer("bpe", 300, [TEXT]), splits, "test")
+    files.prepare_missing("stdlib")
+    files.prepare_missing("stdlib/packages")
+    assert calls == [[], [], ["--tokenizer=bpe", "--vocab_size=300"]]
+
+
+def edit(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def fact(value, *keys):
+    """Damage that sets one value of meta.json, named by the keys that lead to it."""
+
+    def damage(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        inner = meta
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = ast.literal_eval(value)
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    return damage
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
+        (edit("meta.json", lambda b: b[:50]), "meta.json is damaged"),
+        (edit("meta.json", lambda b: b"[]"), "meta.json is damaged"),
+        (edit("meta.json", lambda b: b.replace(b'"dtype"', b'"type"')), "meta.json is damaged"),
+        (edit("meta.json", lambda b: b"[" * 200_000), "meta.json is damaged .RecursionError"),
+        (fact("'foo'", "tokenizer"), "tokenizer is 'foo', not one of bpe, gpt2, bytes"),
+        (fact("'300'", "vocab_size"), "vocab_size is '300'"),
+        (fact("True", "vocab_size"), "vocab_size is True"),
+        (fact("{}", "splits"), "splits is empty"),
+        (fact("0", "splits", "train", "bytes"), "bytes of train is 0"),
+        (fact("'many'", "splits", "train", "bytes"), "bytes of train is 'many'"),
+        (fact("5.5", "splits", "train", "domains", "a", 1), "the end of a in train is 5.5"),
+        (lambda folder: folder_instead(folder / "meta.json"), "cannot read .*meta.json"),
+        (lambda folder: folder_instead(folder / "vocab.txt"), "cannot read .*vocab.txt"),
+        (edit("vocab.txt", lambda b: b.replace(b"QQ==\n", b"AAAAAAAA\n", 1)), "the byte b'A' has no token"),
+        (lambda folder: (folder / "train.bin").unlink(), "train.bin is missing"),
+        (edit("train.bin", lambda b: b""), "train.bin is empty"),
+        (edit("train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes where meta.json says"),
+        (edit("val.bin", lambda b: b + b[:2]), "val.bin has [0-9,]+ bytes where meta.json says"),
+        (edit("train.bin", lambda b: b[:-2] + b"\x2c\x01"), "token id 300, beyond the vocabulary of 300"),
+        (lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt is missing"),
+        (edit("vocab.txt", lambda b: b[:-9]), "has [0-9,]+ tokens|vocab.txt is damaged"),
+        (edit("vocab.txt", lambda b: b"\xff" + b), "vocab.txt is damaged"),
+        (edit("vocab.txt", lambda b: b.replace(b"\n", b"?\n", 1)), "vocab.txt is damaged"),
+        (edit("vocab.txt", lambda b: b"\n".join(b.split(b"\n")[:-2])), "has 299 tokens where meta.json says 300"),
+        (edit("vocab.txt", lambda b: b"AA==\n" + b[: b[:-1].rindex(b"\n") + 1]), "vocab.txt is damaged"),
+    ],
+)
+def test_damaged_corpus_is_one_line(prepared, damage, message):
+    everything(prepared)
+    damage(prepared)
+    with pytest.raises((OSError, ValueError), match=message) as e:
+        everything(prepared)
+    assert "\n" not in str(e.value) and "prepare.py" in str(e.value)
+
+
+def test_unknown_split_is_named(prepared):
+    with pytest.raises(ValueError, match="no split 'test', only train, val"):
+        files.load_split(prepared, files.load_meta(prepared), "test")
+
+
+def test_translation_index_is_checked(tmp_path):
+    tok = bpe.make_tokenizer("bytes", 0, ())
+    files.write_pairs(tmp_path, tok, ("en", "de"), {"train": [("a", "bb"), ("ccc", "")]}, "test")
+    assert sentences(tmp_path, "train") == [("a", "bb"), ("ccc", "")]
+    np.array([0, 4, 6], np.int64).tofile(tmp_path / "train.src.idx")  # other starts, same end
+    everything(tmp_path)
+    for starts in ([0, 6, 6], [0, 2, 5], [1, 2, 6]):
+        np.array(starts, np.int64).tofile(tmp_path / "train.src.idx")
+        with pytest.raises(ValueError, match="train.src.idx does not fit"):
+            everything(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# download.py, and the command line of every prepare.py
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local web server: /whole is five bytes, /short promises ten and sends five."""
+    monkeypatch.setenv("no_proxy", "*")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.agent = self.headers["User-Agent"]
+            self.send_response(404 if self.path == "/none" else 200)
+            self.send_header("Content-Length", "10" if self.path == "/short" else "5")
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield httpd
+        httpd.shutdown()
+
+
+def test_download(server, tmp_path):
+    url, args = f"http://127.0.0.1:{server.server_port}", options(tmp_path)
+    digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    path = download.fetch("a.txt", url + "/whole", args, digest)
+    assert path == os.path.join(tmp_path, "download", "a.txt") and open(path, "rb").read() == b"hello"
+    assert "Mozilla" in server.agent
+    assert download.fetch("a.txt", "http://127.0.0.1:1/gone", args, digest) == path, "fetched once"
+    for name, digest, why in (
+        ("short", None, "ended after 5 of 10 bytes"),
+        ("whole", "0" * 64, "sha256"),
+        ("none", None, "404"),
+    ):
+        with pytest.raises(OSError, match=why) as e:
+            download.fetch("b.txt", f"{url}/{name}", args, digest)
+        message = str(e.value)
+        assert f"{url}/{name}" in message and os.path.join("download", "b.txt") in message
+        assert "--data_dir" in message and "\n" not in message
+    assert os.listdir(tmp_path / "download") == ["a.txt"]
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    url = "http://127.0.0.1:1/x"
+    with pytest.raises(OSError, match=f"cannot download {url} to .*input.txt .*--data_dir=FOLDER"):
+        download.fetch("input.txt", url, options(tmp_path))
+    with pytest.raises(FileNotFoundError, match="input.txt is missing: --data_dir needs a folder with"):
+        download.fetch("input.txt", url, options(tmp_path, data_dir=str(tmp_path)))
+
+
+def prepare(folder, name, *arguments):
+    command = [sys.executable, os.path.join(DATA, name, "prepare.py"), f"--out_dir={folder}/out", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("multi30k", ["--pair=en-es"], "en-es.*en-de.*fr-en"),
+        ("stdlib", ["--tokeniser=bpe"], "--tokeniser=bpe"),
+        ("grammar", ["--vocab_size=12", "--pairs=5", "--held_out=5"], "--vocab_size=12 is too small"),
+        ("grammar", ["--pairs=-5"], "--pairs=-5"),
+        ("stdlib", ["--limit=-3"], "--limit=-3 must not be negative"),
+        (
+            "grammar",
+            ["--out_dir=/dev/null/x", "--pairs=5", "--held_out=5", "--tokenizer=bytes"],
+            "cannot write to /dev/null/x .*--out_dir=",
+        ),
+        ("shakespeare", ["--data_dir=nowhere"], "input.txt is missing"),
+    ],
+)
+def test_user_errors_are_one_line(tmp_path, name, arguments, message):
+    done = prepare(tmp_path, name, *arguments)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and re.search(message, done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_script_runs_from_any_folder(tmp_path):
+    done = prepare(tmp_path, "grammar", "--pairs=200", "--held_out=20", "--tokenizer=bytes")
+    assert done.returncode == 0 and done.stderr == ""
+    files = {
+        f"{split}.{rest}" for split in ("train", "val", "test") for rest in ("src.bin", "src.idx", "tgt.bin", "tgt.idx")
+    }
+    assert set(os.listdir(tmp_path / "out")) == files | {"meta.json"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stdlib
 
 
 @pytest.fixture(scope="module")
 def stdlib(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stdlib")
-    script("stdlib").main(flags(folder, vocab_size=300, code_bytes=800_000, limit=70))
+    script("stdlib").main(options(folder, vocab_size=300, code_bytes=800_000, limit=70))
     return str(folder)
 
 
@@ -223,10 +479,14 @@ if os:
     assert [node.name for node in tree.body[1:3]] == ["A", "B"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The other corpora of text
+
+
 def test_shakespeare_is_cut_where_nanogpt_cuts(tmp_path):
     text = TEXT * 3 + "x"
     (tmp_path / "input.txt").write_text(text, encoding="utf-8")
-    script("shakespeare").main(flags(tmp_path / "out", data_dir=str(tmp_path)))
+    script("shakespeare").main(options(tmp_path / "out", data_dir=str(tmp_path)))
     cut = int(len(text) * 0.9)
     assert documents(tmp_path / "out", "train") == [text[:cut]]
     assert documents(tmp_path / "out", "val") == [text[cut:]]
@@ -251,14 +511,18 @@ def test_books_hold_out_whole_books(tmp_path, top):
             member = tarfile.TarInfo(top + name)
             member.size = len(text)
             archive.addfile(member, io.BytesIO(text.encode()))
-    books.main(flags(tmp_path / "out", data_dir=str(tmp_path)))
+    books.main(options(tmp_path / "out", data_dir=str(tmp_path)))
     assert documents(tmp_path / "out", "train") == ["Chapter 4\n"]
     assert sorted(documents(tmp_path / "out", "val")) == [f"Chapter {i}\n" for i in range(4)]
     whole = (tmp_path / "classic-books.tar.gz").read_bytes()
     for damaged in (whole[:100], b"no archive", whole[:-30]):
         (tmp_path / "classic-books.tar.gz").write_bytes(damaged)
         with pytest.raises(ValueError, match="classic-books.tar.gz"):
-            books.main(flags(tmp_path / "out", data_dir=str(tmp_path)))
+            books.main(options(tmp_path / "out", data_dir=str(tmp_path)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The corpora of sentence pairs
 
 
 def test_multi30k_pairs_lines_and_drops_empty_ones(tmp_path, capsys):
@@ -268,18 +532,18 @@ def test_multi30k_pairs_lines_and_drops_empty_ones(tmp_path, capsys):
             (tmp_path / f"{name}.{lang}.gz").write_bytes(gzip.compress(text.encode()))
     expected = [("A dog.", "Ein Hund."), ("A cat.", "Eine Katze."), ("Two\u2028men.", "Zwei Männer.")]
     main = script("multi30k").main
-    main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
+    main(options(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
     assert sentences(tmp_path / "out", "test") == expected
     assert "dropped 1 pair" in capsys.readouterr().out
-    main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="de-en"))
+    main(options(tmp_path / "out", data_dir=str(tmp_path), pair="de-en"))
     assert sentences(tmp_path / "out", "val") == [(de, en) for en, de in expected]
     assert files.load_meta(tmp_path / "out")["langs"] == ["de", "en"]
     (tmp_path / "val.de.gz").write_bytes(gzip.compress(b"Ein Hund.\n"))
     with pytest.raises(ValueError, match=r"val.en.gz has 4 lines but .*val.de.gz has 1"):
-        main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
+        main(options(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
     (tmp_path / "val.de.gz").write_bytes(gzip.compress(b"Ein Hund.\n" * 500)[:-9])
     with pytest.raises(ValueError, match="val.de.gz is damaged"):
-        main(flags(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
+        main(options(tmp_path / "out", data_dir=str(tmp_path), pair="en-de"))
     assert sentences(tmp_path / "out", "val") == [(de, en) for en, de in expected], "the old files stay whole"
 
 
@@ -288,14 +552,14 @@ def test_tatoeba_has_no_source_in_two_splits(tmp_path):
     lines += ["Only English\t", "Go 0.\tGeh 0.\tagain"]
     with zipfile.ZipFile(tmp_path / "deu-eng.zip", "w") as archive:
         archive.writestr("deu.txt", "\n".join(lines) + "\n")
-    script("tatoeba").main(flags(tmp_path / "out", data_dir=str(tmp_path), held_out=5))
+    script("tatoeba").main(options(tmp_path / "out", data_dir=str(tmp_path), held_out=5))
     train, val, test = (sentences(tmp_path / "out", split) for split in ("train", "val", "test"))
     assert [len(train), len(val), len(test)] == [60, 5, 5]
     assert len({s for s, _ in train} | {s for s, _ in val} | {s for s, _ in test}) == 30
     assert all(int(de[4:-1]) // 3 == int(en[3:-1]) for en, de in train + val + test)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The grammar
 
 
@@ -445,255 +709,130 @@ def test_german_is_a_function_of_english():
 
 
 def test_grammar_holds_out_sources(tmp_path):
-    script("grammar").main(flags(tmp_path, pairs=1000, held_out=100))
+    script("grammar").main(options(tmp_path, pairs=1000, held_out=100))
     train, val, test = (sentences(tmp_path, split) for split in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (1000, 100, 100)
     assert len({en for en, _ in train + val + test}) == 1200
     assert val + test == grammar.corpus(200)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Damage
+# ---------------------------------------------------------------------------------------------------------------------
+# batches.py
 
 
-@pytest.fixture
-def prepared(tmp_path):
-    tok = bpe.make_tokenizer("bpe", 300, [TEXT])
-    splits = {"train": {"a": [TEXT, "x"], "b": [TEXT]}, "val": {"a": ["y"], "b": ["z"]}}
-    files.write_text(tmp_path, tok, splits, "test")
-    return tmp_path
+def test_masking_statistics():
+    """15 % of the ordinary tokens; of those 80 % masks, 10 % random over all ordinary tokens, 10 % unchanged."""
+    corpus = types.SimpleNamespace(tok=BYTES)
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.integers(0, BYTES.vocab_size, (1000, 1500)))
+    corrupted, y = mask_tokens(x, corpus.tok, rng)
+    ordinary, picked = x < BYTES.eot, y >= 0
+    assert (
+        not (picked & ~ordinary).any()
+        and torch.equal(y[picked], x[picked])
+        and torch.equal(corrupted[~picked], x[~picked])
+    )
+    share = lambda hit, of: float(hit.sum() / of.sum())
+    assert abs(share(picked, ordinary) - 0.15) < 0.005
+    assert abs(share(picked & (corrupted == BYTES.mask), picked) - 0.8) < 0.01
+    assert abs(share(picked & (corrupted == x), picked) - (0.1 + 0.1 / 256)) < 0.01
+    random = corrupted[picked & (corrupted != BYTES.mask) & (corrupted != x)]
+    frequency = torch.bincount(random, minlength=256).double() / len(random)
+    assert len(frequency) == 256 and frequency.min() > 0.5 / 256 and frequency.max() < 1.6 / 256
+    again, other = (
+        mask_tokens(x, corpus.tok, np.random.default_rng(1))[1],
+        mask_tokens(x, corpus.tok, np.random.default_rng(2))[1],
+    )
+    assert not torch.equal(again, other)  # dynamic: another step, other masks
 
 
-def everything(folder):
-    meta = files.load_meta(folder)
-    return files.load_tokenizer(folder), [files.load_split(folder, meta, split) for split in meta["splits"]]
+def test_masking_always_leaves_a_target_but_not_a_special_one():
+    corpus = types.SimpleNamespace(tok=BYTES)
+    for seed in range(20):
+        x = torch.full((1, 3), BYTES.eot)
+        assert (mask_tokens(x, corpus.tok, np.random.default_rng(seed))[1] == -1).all()
+        x[0, 1] = 65
+        assert mask_tokens(x, corpus.tok, np.random.default_rng(seed))[1].tolist() == [[-1, 65, -1]]
 
 
-def edit(name, change):
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+def test_batches_of_pairs(letters):
+    """An epoch has every pair that fits once, in batches of similar length; the loss counts every target token once."""
+    cfg = config(objective="translation", dataset=str(letters["pairs"]), block_size=24, batch_size=4)
+    objective = train.open_objective(cfg)
+    corpus = objective.corpus
+    seen, spread = Counter(), []
+    for step in range(10):
+        batch = objective.train_batch(step)
+        length = (batch["src"] != corpus.tok.pad).sum(1)
+        spread.append(int(length.max() - length.min()))
+        for src, x, y in zip(batch["src"].tolist(), batch["x"].tolist(), batch["y"].tolist()):
+            y = [t for t in y if t >= 0]
+            assert (
+                x[: len(y)] == [corpus.tok.bos] + y[:-1]
+                and y[-1] == corpus.tok.eot
+                and set(x[len(y) :]) <= {corpus.tok.pad}
+            )
+            text = corpus.tok.decode([t for t in src if t < corpus.tok.eot])
+            assert corpus.tok.decode(y[:-1]) == text.upper()
+            seen[text] += 1
+    assert sum(seen.values()) == 40 and np.mean(spread) <= 2
+    n = sum(int((b["y"] >= 0).sum()) for b in objective.held_out("test"))
+    assert n == corpus.meta["splits"]["test"]["tgt_tokens"] - 2  # less the pair that is too long
+    logits = torch.randn(2, 3, 260)
+    toy = lambda x, pick: (logits[pick], {})
+    nll, smooth, _, _, _ = train.task_loss(
+        toy, dict(x=None, y=torch.tensor([[1, 2, -1], [3, -1, -1]])), label_smoothing=0.1
+    )
+    log_p = logits.log_softmax(2)[[0, 0, 1], [0, 1, 0]]
+    assert torch.allclose(nll, -log_p[range(3), [1, 2, 3]]) and torch.allclose(smooth, 0.9 * nll - 0.1 * log_p.mean(1))
 
 
-def fact(value, *keys):
-    """Damage that sets one value of meta.json, named by the keys that lead to it."""
-
-    def damage(folder):
-        meta = json.loads((folder / "meta.json").read_text())
-        inner = meta
-        for key in keys[:-1]:
-            inner = inner[key]
-        inner[keys[-1]] = ast.literal_eval(value)
-        (folder / "meta.json").write_text(json.dumps(meta))
-
-    return damage
-
-
-def folder_instead(path):
-    path.unlink()
-    path.mkdir()
+@pytest.mark.parametrize("grad_accum", [1, 2, 4])
+def test_each_node_reads_its_own_domain_in_every_micro_batch(grad_accum):
+    """Two nodes of two ranks, 16 rows: the rows that a rank gets come from the domain of its node only."""
+    spans = [("prose", 0, 1000), ("code", 1000, 2000)]
+    corpus = types.SimpleNamespace(folder="here", domains=lambda split: spans)
+    cfg = config(batch_size=16, grad_accum=grad_accum, shard_by_domain=True)
+    starts = torch.as_tensor(random_starts(corpus, cfg, np.random.default_rng(0), 2))
+    for rank in range(4):
+        mesh = types.SimpleNamespace(rank=rank, world=4, device="cpu")
+        rows = torch.cat([part["y"] for part in micro_batches(dict(y=starts), grad_accum, mesh)])
+        assert len(rows) == 4 and ((rows >= 1000) == (rank >= 2)).all(), rank
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda folder: (folder / "meta.json").unlink(), "meta.json is missing"),
-        (edit("meta.json", lambda b: b[:50]), "meta.json is damaged"),
-        (edit("meta.json", lambda b: b"[]"), "meta.json is damaged"),
-        (edit("meta.json", lambda b: b.replace(b'"dtype"', b'"type"')), "meta.json is damaged"),
-        (edit("meta.json", lambda b: b"[" * 200_000), "meta.json is damaged .RecursionError"),
-        (fact("'foo'", "tokenizer"), "tokenizer is 'foo', not one of bpe, gpt2, bytes"),
-        (fact("'300'", "vocab_size"), "vocab_size is '300'"),
-        (fact("True", "vocab_size"), "vocab_size is True"),
-        (fact("{}", "splits"), "splits is empty"),
-        (fact("0", "splits", "train", "bytes"), "bytes of train is 0"),
-        (fact("'many'", "splits", "train", "bytes"), "bytes of train is 'many'"),
-        (fact("5.5", "splits", "train", "domains", "a", 1), "the end of a in train is 5.5"),
-        (lambda folder: folder_instead(folder / "meta.json"), "cannot read .*meta.json"),
-        (lambda folder: folder_instead(folder / "vocab.txt"), "cannot read .*vocab.txt"),
-        (edit("vocab.txt", lambda b: b.replace(b"QQ==\n", b"AAAAAAAA\n", 1)), "the byte b'A' has no token"),
-        (lambda folder: (folder / "train.bin").unlink(), "train.bin is missing"),
-        (edit("train.bin", lambda b: b""), "train.bin is empty"),
-        (edit("train.bin", lambda b: b[:-1]), "train.bin has [0-9,]+ bytes where meta.json says"),
-        (edit("val.bin", lambda b: b + b[:2]), "val.bin has [0-9,]+ bytes where meta.json says"),
-        (edit("train.bin", lambda b: b[:-2] + b"\x2c\x01"), "token id 300, beyond the vocabulary of 300"),
-        (lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt is missing"),
-        (edit("vocab.txt", lambda b: b[:-9]), "has [0-9,]+ tokens|vocab.txt is damaged"),
-        (edit("vocab.txt", lambda b: b"\xff" + b), "vocab.txt is damaged"),
-        (edit("vocab.txt", lambda b: b.replace(b"\n", b"?\n", 1)), "vocab.txt is damaged"),
-        (edit("vocab.txt", lambda b: b"\n".join(b.split(b"\n")[:-2])), "has 299 tokens where meta.json says 300"),
-        (edit("vocab.txt", lambda b: b"AA==\n" + b[: b[:-1].rindex(b"\n") + 1]), "vocab.txt is damaged"),
-    ],
-)
-def test_damaged_corpus_is_one_line(prepared, damage, message):
-    everything(prepared)
-    damage(prepared)
-    with pytest.raises((OSError, ValueError), match=message) as e:
-        everything(prepared)
-    assert "\n" not in str(e.value) and "prepare.py" in str(e.value)
+# ---------------------------------------------------------------------------------------------------------------------
+# bleu.py
 
 
-def test_the_next_prepare_removes_what_a_killed_one_left(prepared):
-    for name in (".partial-old", ".partial-young"):
-        (prepared / name).mkdir()
-        (prepared / name / "train.bin").write_bytes(b"x")
-    os.utime(prepared / ".partial-old", (0, 0))
-    files.write_text(prepared, bpe.make_tokenizer("bytes", 0, ()), {"train": {"a": ["x"]}}, "test")
-    assert [name for name in os.listdir(prepared) if name.startswith(".")] == [".partial-young"], "may be at work"
+@pytest.mark.parametrize("translations, references, expected", [  # expected: sacrebleu 2.6.0, corpus_bleu's default
+    (["The cat sat on the mat."], ["The cat is sitting on the mat."], 42.3837),
+    (["Zwei junge weiße Männer sind im Freien in der Nähe vieler Büsche.", "Mehrere Männer mit Schutzhelmen "
+                                                                           "bedienen ein Antriebsradsystem."],
+     ["Zwei junge Männer sind draußen bei vielen Büschen.", "Mehrere Männer mit Schutzhelmen bedienen ein "
+                                                            "Rad."], 31.5491),
+    (["It's 3.5% (or 1,000.25) - isn't it? &quot;Yes&quot;, he said; A-1 and 1-A."],
+     ["It's 3.5 % (or 1,000.25) - is it not? \"Yes\", he said: A-1 and 1-A."], 69.7431),
+    (["a b c d e"], ["v w x y a"], 10.6822),
+    (["a b c"], ["a b c"], 0.0),
+    (["x y z w"], ["a b c d"], 0.0),
+    (["Siebenhundertdrei Katzen sehen mich.", "", "Der Hund schläft nicht , weil er Hunger hat ."],
+     ["Siebenhundertdrei Katzen sehen mich nicht.", "Ja.", "Der Hund schläft nicht, weil er Hunger hat."], 76.0877),
+])  # fmt: skip
+def test_bleu_is_sacrebleus(translations, references, expected):
+    assert abs(corpus_bleu(translations, references) - expected) < 1e-3
 
 
-def test_missing_packages_are_prepared_with_the_tokenizer_of_stdlib(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(files, "HERE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files.subprocess, "run", lambda command: calls.append(command[2:]) or Namespace(returncode=0))
-    (tmp_path / "stdlib").mkdir()
-    files.prepare_missing("stdlib")
-    files.prepare_missing("stdlib/packages")
-    splits = {"train": {"a": [TEXT]}, "val": {"a": [TEXT]}}
-    files.write_text(tmp_path / "stdlib", bpe.make_tokenizer("bpe", 300, [TEXT]), splits, "test")
-    files.prepare_missing("stdlib")
-    files.prepare_missing("stdlib/packages")
-    assert calls == [[], [], ["--tokenizer=bpe", "--vocab_size=300"]]
-
-
-def test_unknown_split_is_named(prepared):
-    with pytest.raises(ValueError, match="no split 'test', only train, val"):
-        files.load_split(prepared, files.load_meta(prepared), "test")
-
-
-def test_translation_index_is_checked(tmp_path):
-    tok = bpe.make_tokenizer("bytes", 0, ())
-    files.write_pairs(tmp_path, tok, ("en", "de"), {"train": [("a", "bb"), ("ccc", "")]}, "test")
-    assert sentences(tmp_path, "train") == [("a", "bb"), ("ccc", "")]
-    np.array([0, 4, 6], np.int64).tofile(tmp_path / "train.src.idx")  # other starts, same end
-    everything(tmp_path)
-    for starts in ([0, 6, 6], [0, 2, 5], [1, 2, 6]):
-        np.array(starts, np.int64).tofile(tmp_path / "train.src.idx")
-        with pytest.raises(ValueError, match="train.src.idx does not fit"):
-            everything(tmp_path)
-
-
-def test_large_vocabularies_take_four_bytes():
-    assert [files.token_type(v) for v in (65536, 65537)] == ["uint16", "uint32"]
-
-
-def crash():
-    yield TEXT
-    raise RuntimeError("the power fails")
-
-
-def test_crash_while_writing_leaves_nothing_new(tmp_path, prepared):
-    tok = bpe.make_tokenizer("bytes", 0, ())
-    before = {path.name: path.read_bytes() for path in prepared.iterdir()}
-    for folder in (tmp_path / "new", prepared):
-        with pytest.raises(RuntimeError):
-            files.write_text(folder, tok, {"train": {"a": ["x"]}, "val": {"a": crash()}}, "test")
-    assert not list((tmp_path / "new").iterdir())
-    assert {path.name: path.read_bytes() for path in prepared.iterdir() if path.is_file()} == before
-
-
-def test_crash_while_renaming_leaves_no_meta(prepared, monkeypatch):
-    rename, calls = os.replace, []
-
-    def replace(a, b):
-        calls.append(b)
-        if len(calls) == 2:
-            raise RuntimeError("the power fails")
-        rename(a, b)
-
-    monkeypatch.setattr(files.os, "replace", replace)
-    tok = bpe.make_tokenizer("bytes", 0, ())
-    with pytest.raises(RuntimeError):
-        files.write_text(prepared, tok, {"train": {"a": ["x"]}, "val": {"a": ["y"]}}, "test")
-    with pytest.raises(FileNotFoundError, match="meta.json is missing"):
-        everything(prepared)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Downloads and the command line
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A local web server: /whole is five bytes, /short promises ten and sends five."""
-    monkeypatch.setenv("no_proxy", "*")
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.agent = self.headers["User-Agent"]
-            self.send_response(404 if self.path == "/none" else 200)
-            self.send_header("Content-Length", "10" if self.path == "/short" else "5")
-            self.end_headers()
-            self.wfile.write(b"hello")
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield httpd
-        httpd.shutdown()
-
-
-def test_download(server, tmp_path):
-    url, args = f"http://127.0.0.1:{server.server_port}", flags(tmp_path)
-    digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    path = download.fetch("a.txt", url + "/whole", args, digest)
-    assert path == os.path.join(tmp_path, "download", "a.txt") and open(path, "rb").read() == b"hello"
-    assert "Mozilla" in server.agent
-    assert download.fetch("a.txt", "http://127.0.0.1:1/gone", args, digest) == path, "fetched once"
-    for name, digest, why in (
-        ("short", None, "ended after 5 of 10 bytes"),
-        ("whole", "0" * 64, "sha256"),
-        ("none", None, "404"),
-    ):
-        with pytest.raises(OSError, match=why) as e:
-            download.fetch("b.txt", f"{url}/{name}", args, digest)
-        message = str(e.value)
-        assert f"{url}/{name}" in message and os.path.join("download", "b.txt") in message
-        assert "--data_dir" in message and "\n" not in message
-    assert os.listdir(tmp_path / "download") == ["a.txt"]
-
-
-def test_no_network_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    url = "http://127.0.0.1:1/x"
-    with pytest.raises(OSError, match=f"cannot download {url} to .*input.txt .*--data_dir=FOLDER"):
-        download.fetch("input.txt", url, flags(tmp_path))
-    with pytest.raises(FileNotFoundError, match="input.txt is missing: --data_dir needs a folder with"):
-        download.fetch("input.txt", url, flags(tmp_path, data_dir=str(tmp_path)))
-
-
-def prepare(folder, name, *arguments):
-    command = [sys.executable, os.path.join(DATA, name, "prepare.py"), f"--out_dir={folder}/out", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize(
-    "name, arguments, message",
-    [
-        ("multi30k", ["--pair=en-es"], "en-es.*en-de.*fr-en"),
-        ("stdlib", ["--tokeniser=bpe"], "--tokeniser=bpe"),
-        ("grammar", ["--vocab_size=12", "--pairs=5", "--held_out=5"], "--vocab_size=12 is too small"),
-        ("grammar", ["--pairs=-5"], "--pairs=-5"),
-        ("stdlib", ["--limit=-3"], "--limit=-3 must not be negative"),
-        (
-            "grammar",
-            ["--out_dir=/dev/null/x", "--pairs=5", "--held_out=5", "--tokenizer=bytes"],
-            "cannot write to /dev/null/x .*--out_dir=",
-        ),
-        ("shakespeare", ["--data_dir=nowhere"], "input.txt is missing"),
-    ],
-)
-def test_user_errors_are_one_line(tmp_path, name, arguments, message):
-    done = prepare(tmp_path, name, *arguments)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and re.search(message, done.stderr)
-    assert not (tmp_path / "out").exists()
-
-
-def test_script_runs_from_any_folder(tmp_path):
-    done = prepare(tmp_path, "grammar", "--pairs=200", "--held_out=20", "--tokenizer=bytes")
-    assert done.returncode == 0 and done.stderr == ""
-    files = {
-        f"{split}.{rest}" for split in ("train", "val", "test") for rest in ("src.bin", "src.idx", "tgt.bin", "tgt.idx")
-    }
-    assert set(os.listdir(tmp_path / "out")) == files | {"meta.json"}
+def test_bleu_by_hand():
+    """the cat the cat on the mat / the cat is on the mat: 5 of 7 words, 3 of 6 pairs, 1 of 5 triples, 0 of 4."""
+    c = counts("the cat the cat on the mat", "the cat is on the mat")
+    assert c.tolist() == [7, 6, 5, 3, 1, 0, 7, 6, 5, 4]
+    by_hand = 100 * (5 / 7 * 3 / 6 * 1 / 5 * 0.5 / 4) ** 0.25  # no penalty: longer than the reference
+    assert abs(bleu(c) - by_hand) < 1e-9
+    short = counts("the cat is on", "the cat is on the mat")
+    assert abs(bleu(short) - 100 * np.exp(1 - 6 / 4)) < 1e-9
+    assert bleu(c + short) == corpus_bleu(
+        ["the cat the cat on the mat", "the cat is on"], ["the cat is on the mat"] * 2
+    )
+    assert words('Ja, 3,5 km/h! A-b 1-2 "x" l\'été.') == 'Ja , 3,5 km / h ! A-b 1 - 2 " x " l\'été .'.split()
+    with pytest.raises(ValueError, match="2 translations but 1 references"):
+        corpus_bleu(["a", "b"], ["a"])

@@ -1,25 +1,32 @@
 """
-model.py: a dense model is the case of one expert, nobody sees the future, sampling, and weights that depend on the seed
-and on nothing else.
+model.py: a dense model is the case of one expert, nobody sees the future, sampling and beam search against trying all
+sentences, and weights that depend on the seed and on nothing else. What holds for every gate is asked of every gate.
 """
 
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 
 import pytest
 import torch
 
-from ranks import run_ranks
 import dist
+import evomoe
+import runs
 import train
+from data.objectives import OBJECTIVES
 from experts import Experts, MoE, feed_forward
 from model import GPT, RoBERTa, Translator
+from ranks import run_ranks
 from router import Soft, gates, make_gate
 
 V = 40
 CFG = train.Config(n_layer=4, n_head=2, n_embd=16, block_size=12, n_experts=4, batch_size=4, max_steps=8, seed=3)
+GATES = sorted(gates())
+CAUSAL = [name for name in GATES if gates()[name].looks_ahead != "always"]
+EOT, MASK, PAD, BOS, FEW = 5, 6, 7, 8, 9  # a vocabulary of five ordinary tokens and four special ones: FEW ids
 
 
 def config(**more):
@@ -39,6 +46,26 @@ def build(kind="gpt", mesh=None, **more):
 
 def tokens(rows=4, length=12, seed=0):
     return torch.randint(0, V - 4, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def opinionated(kind, gate="switch", mesh=None, V=FEW, std=0.25, **more):
+    """A model with weights that are large enough to have an opinion, as at the end of its curriculum."""
+    cfg = runs.config(gate, **more)
+    special = dict(pad_id=PAD) if kind is Translator else dict(mask_id=MASK) if kind is RoBERTa else {}
+    n_ids = V + cfg.block_size * (kind is RoBERTa)
+    ffn = functools.partial(
+        feed_forward, cfg, mesh=mesh, V=n_ids, counts=torch.ones(n_ids), n_domains=2, steps=cfg.max_steps
+    )
+    model = kind(cfg, V, ffn, **special).eval()
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and ".gate." not in name:
+            p.data.mul_(std / p.data.std())
+    evomoe.set_step(model, cfg.max_steps, cfg)
+    return model
+
+
+def ids(*shape, seed=0):
+    return torch.randint(0, EOT, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +214,11 @@ def test_a_gate_in_a_model_is_as_it_made_itself(gate):
     )
 
 
+def test_models_can_be_copied():
+    model = build().eval()
+    assert torch.equal(copy.deepcopy(model)(tokens())[0], model(tokens())[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Who sees whom
 
@@ -214,6 +246,22 @@ def test_logits_do_not_see_later_tokens(gate):
     assert torch.allclose(model(x)[0][1:2], model(x[1:2])[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("gate", CAUSAL)
+def test_the_decoder_does_not_see_the_future(gate):
+    """Evaluation: later target tokens change nothing before them. Gates that promise it keep it in training too."""
+    model, src, x = opinionated(Translator, gate), ids(2, 6), ids(2, 8, seed=1)
+    changed = x.clone()
+    changed[:, 5:] = (x[:, 5:] + 1) % EOT
+    for training in [False] + [True] * (gates()[gate].looks_ahead == "never"):
+        model.train(training)
+        logits = []
+        for y in (x, changed):
+            torch.manual_seed(3)
+            logits.append(model(y, src)[0])
+        assert torch.allclose(logits[0][:, :5], logits[1][:, :5], atol=1e-5)
+        assert not torch.allclose(logits[0][:, 5:], logits[1][:, 5:], atol=1e-2)
+
+
 def test_an_encoder_sees_both_ways_and_not_the_padding():
     model = build("roberta", gate="topk").eval()
     x, live = tokens(2), torch.ones(2, 12, dtype=torch.bool)
@@ -228,12 +276,96 @@ def test_an_encoder_sees_both_ways_and_not_the_padding():
     assert torch.allclose(model(x[1:, :7], live[1:, :7])[0], a[1:, :7], atol=1e-5)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_encoders_look_both_ways(gate):
+    """Changing the last token reaches the first position of RoBERTa, and through the encoder every target position."""
+    x = ids(2, 6)
+    changed = x.clone()
+    changed[:, -1] = (x[:, -1] + 1) % EOT
+    model = opinionated(RoBERTa, gate)
+    assert ((model(x)[0] - model(changed)[0])[:, 0].abs().amax(1) > 1e-3).all()
+    model, y = opinionated(Translator, gate), ids(2, 4, seed=2)
+    assert ((model(y, x)[0] - model(y, changed)[0]).abs().amax(2) > 1e-3).all()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_padding_changes_nothing(gate):
+    """More columns of padding, on either side, leave every logit as it was; so does what RoBERTa has in dead places."""
+    model, src, x = opinionated(Translator, gate), ids(3, 6), ids(3, 5, seed=1)
+    src[0, 4:], x[1, 3:] = PAD, PAD
+    more = lambda t: torch.cat([t, torch.full((3, 2), PAD)], 1)
+    logits, padded = model(x, src)[0], model(more(x), more(src))[0][:, :5]
+    assert torch.allclose(logits[x != PAD], padded[x != PAD], atol=1e-5)
+
+    model, live = opinionated(RoBERTa, gate), ids(3, 8) > 0
+    live[:, 0] = True
+    a, b = (model(torch.where(live, ids(3, 8), other), live)[0] for other in (0, 3))
+    assert torch.allclose(a[live], b[live], atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["switch", "expertchoice", "base", "hash"])
+def test_all_padding_is_not_nan(gate):
+    """A row, or a batch, of nothing but padding."""
+    for rows in (slice(0, 1), slice(None)):
+        src, x = ids(3, 6), ids(3, 5)
+        src[rows], x[rows] = PAD, PAD
+        model = opinionated(Translator, gate)
+        logits, aux = model(x, src)
+        assert logits.isfinite().all() and all(torch.as_tensor(v).isfinite().all() for v in aux.values())
+        model.train()
+        logits, aux = model(x, src)
+        sum(t.sum() for t in [logits, *aux.values()] if torch.is_tensor(t)).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        live = torch.ones(3, 6, dtype=torch.bool)
+        live[rows] = False
+        assert opinionated(RoBERTa, gate)(src, live)[0].isfinite().all()
+
+
+def test_gates_that_look_ahead_are_refused():
+    """Expert choice in a causal model; an encoder may have it."""
+    never = [name for name in GATES if gates()[name].looks_ahead == "always"]
+    assert never
+    check = lambda kind, objective, gate, **more: train.check_causality(
+        runs.config(gate, objective=objective, **more), OBJECTIVES[objective], opinionated(kind, gate, **more)
+    )
+    for gate in never:
+        for kind, objective in ((GPT, "gpt"), (Translator, "translation")):
+            with pytest.raises(ValueError, match=f"gate={gate} .*later tokens.*insist"):
+                check(kind, objective, gate)
+            assert "in training" in check(kind, objective, gate, insist=True)
+        assert check(RoBERTa, "roberta", gate) == ""
+    assert "base" in (note := check(GPT, "gpt", "base")) and "evaluation does not" in note
+    assert check(GPT, "gpt", "switch") == ""
+    assert "score" in check(GPT, "gpt", "topk", capacity_factor=1.0, drop_order="score")
+
+
 def test_block_size_is_checked():
     for kind in ("gpt", "roberta"):
         with pytest.raises(ValueError, match="a sequence of 13 tokens is longer than --block_size=12"):
             build(kind)(tokens(1, 13))
     with pytest.raises(ValueError, match="--n_embd=16 is not divisible by --n_head=3"):
         build(n_head=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What gates that route by id see of a mask
+
+
+def test_masks_are_spread_over_a_table_without_telling_the_answer():
+    """Gates that route by id see a mask as one of block_size extra ids, by position: evenly spread, whatever is under
+    it."""
+    model = opinionated(RoBERTa, "hash", block_size=16)
+    x = ids(4, 16)
+    assert torch.equal(model.route_ids(x), x)
+    x[:, 3:] = MASK
+    routed = model.route_ids(x)
+    assert torch.equal(routed[:, :3], x[:, :3]) and routed[0, 3:].tolist() == list(range(FEW + 3, FEW + 16))
+    counts = RoBERTa.route_counts(torch.tensor([100.0] * 8 + [0]), 16)
+    cfg = runs.config("hash", block_size=16)
+    model = RoBERTa(cfg, FEW, functools.partial(feed_forward, cfg, V=FEW + 16, counts=counts), mask_id=MASK)
+    for gate in model.gates():
+        assert gate.table.shape[1] == FEW + 16
+        assert gate.table[0, FEW:].bincount().tolist() == [4, 4, 4, 4]  # every expert works on masks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,6 +413,16 @@ def test_stop_ends_when_every_row_has_stopped():
     assert both.shape[1] == 13 or (both[:, 3:] == stop).any(1).all()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Translation: beams
+
+
+def log_p(model, src, y):
+    """log p of each of y's tokens, without a cache: src (1, S), y (n, T) -> (n, T)."""
+    x = torch.cat([torch.full((len(y), 1), BOS), y[:, :-1]], 1)
+    return model(x, src.expand(len(y), -1))[0].log_softmax(2).gather(2, y[..., None])[..., 0]
+
+
 def test_the_translator_decodes_with_a_cache_as_without():
     model = build("translation", gate="topk").eval()
     src, x = tokens(2, 7), tokens(2, 9, seed=1)
@@ -295,6 +437,54 @@ def test_the_translator_decodes_with_a_cache_as_without():
     assert torch.allclose(model(x, other)[0], whole, atol=1e-6)
 
 
-def test_models_can_be_copied():
-    model = build().eval()
-    assert torch.equal(copy.deepcopy(model)(tokens())[0], model(tokens())[0])
+@torch.no_grad()
+@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+def test_beam_search_against_all_sentences(length_penalty):
+    """A beam that never drops anything finds the best of all sentences of up to three tokens, padding or not."""
+    model, src, T = opinionated(Translator, std=0.5), ids(4, 6), 3
+    src[1, 4:], src[2, 2:] = PAD, PAD
+    y, score = model.translate(src, BOS, EOT, beams=300, length_penalty=length_penalty, max_tokens=T)
+    lengths = set()
+    for i in range(len(src)):
+        best = (-1e9, None)
+        for n in range(1, T + 1):
+            ends = [(EOT,)] if n < T else [(t,) for t in range(EOT + 1)]  # the last one may be cut
+            all_of_n = torch.tensor([s + e for s in itertools.product(range(EOT), repeat=n - 1) for e in ends])
+            scores = log_p(model, src[i : i + 1], all_of_n).sum(1) / ((5 + n) / 6) ** length_penalty
+            best = max(best, (scores.max().item(), all_of_n[scores.argmax()].tolist()))
+        found = y[i].tolist() + [EOT]
+        assert found[: len(best[1])] == best[1] and abs(score[i] - best[0]) < 1e-4
+        lengths.add(len(best[1]))
+    assert length_penalty or 1 in lengths  # short ones win without a penalty
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", CAUSAL)
+def test_one_beam_is_greedy_and_the_cache_changes_nothing(gate):
+    """beams=1 writes what an argmax over the whole, uncached model writes; any beam's score is that of its sentence."""
+    model, src = opinionated(Translator, gate, std=0.5), ids(5, 6)
+    src[0, 3:] = PAD
+    y, _ = model.translate(src, BOS, EOT, beams=1, max_tokens=6)
+    x, done = torch.full((5, 1), BOS), torch.zeros(5, dtype=torch.bool)
+    for _ in range(y.shape[1]):
+        token = model(x, src)[0][:, -1, : EOT + 1].argmax(1)
+        token = torch.where(done, EOT, token)
+        done |= token == EOT
+        x = torch.cat([x, token[:, None]], 1)
+    assert torch.equal(x[:, 1:], y) and (done.all() or y.shape[1] == 6)
+
+    y, score = model.translate(src, BOS, EOT, beams=3, length_penalty=0.6, max_tokens=6)
+    for i in range(5):
+        n = (y[i].tolist() + [EOT]).index(EOT) + 1
+        n = min(n, y.shape[1])
+        value = log_p(model, src[i : i + 1], y[i : i + 1, :n]).sum() / ((5 + n) / 6) ** 0.6
+        assert abs(value - score[i]) < 1e-4
+        alone = model.translate(src[i : i + 1], BOS, EOT, beams=3, length_penalty=0.6, max_tokens=6)
+        assert abs(alone[1] - score[i]) < 1e-4 and torch.equal(alone[0][0, :n], y[i, :n])  # the batch does not matter
+    assert not ((y == MASK) | (y == PAD) | (y == BOS)).any()
+
+
+def test_wider_beams_score_no_less_on_average():
+    model, src = opinionated(Translator, std=0.5), ids(30, 6)
+    score = [model.translate(src, BOS, EOT, beams, 0.0, max_tokens=6)[1].mean() for beams in (1, 4)]
+    assert score[1] > score[0]
