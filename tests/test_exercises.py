@@ -84,3 +84,109 @@ def test_2_counts_that_carry_a_gradient():
         return 2 * (f / f.sum() * P).sum()
 
     assert torch.allclose(force(without_detach), with_counts)  # a comparison has no gradient that one could detach
+
+
+# -- 3: Switch's weight renormalised to 1 ----------------------------------------------------------------------------
+
+
+class WeightOne(Switch):
+    def forward(self, x, ids):
+        G, aux, *rest = super().forward(x, ids)
+        return Routing(G / G.sum(1, keepdim=True), aux, *rest)
+
+
+def test_3_a_weight_of_one_teaches_the_router_nothing():
+    """p / p is the constant 1: the task loss then sends the router no gradient, and the balance loss, which never saw
+    the weight, still moves it."""
+    x, ids = new_tokens(32, 8)
+
+    def gradients(gate):
+        """Of the task loss and of the balance loss, the largest entry each."""
+        layer = new_layer(gate)
+        y, aux = layer(x, ids)
+        task = torch.autograd.grad((y - x).square().mean(), gate.weight, retain_graph=True)[0]
+        balance = torch.autograd.grad(aux["balance"], gate.weight)[0]
+        return task.abs().max(), balance.abs().max()
+
+    task, balance = gradients(Switch(D=8, E=4))
+    assert task > 1e-3 and balance > 1e-3
+    task, balance = gradients(WeightOne(D=8, E=4))
+    assert task < 1e-12 and balance > 1e-3
+
+
+# -- 4: who is dropped -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "order, dropped",
+    [
+        ("arrival", [(2, 1), (3, 0), (4, 0), (4, 2)]),  # whoever comes third or later
+        ("choice", [(0, 0), (1, 1), (4, 0), (4, 2)]),  # expert 0: tokens 1, 3 and 4 have it as first choice, 0 has not
+        ("score", [(0, 0), (1, 0), (1, 1), (3, 2)]),  # expert 0 keeps 0.9 and 0.7
+    ],
+)
+def test_4_who_is_dropped(order, dropped):
+    """(token, expert) that go when each expert has two slots. Token 4 loses both its experts by arrival and by choice,
+    token 1 by score: their output is zero, only the residual connection is left of them."""
+    G = torch.tensor([[0.4, 0.6, 0], [0.55, 0.45, 0], [0, 0.55, 0.45], [0.9, 0, 0.1], [0.7, 0, 0.3]])
+    kept = drop(G, 2, drop_priority(order, G, Place(5)))
+    assert [tuple(pair) for pair in ((G != 0) & (kept == 0)).nonzero().tolist()] == dropped
+    left_out = (kept == 0).all(1).nonzero()[:, 0].tolist()
+    assert left_out == ([1] if order == "score" else [4])
+
+
+# -- 5: who looks at later tokens ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "gate, training, looks",
+    [
+        (BASE(D=2, E=2), True, True),
+        (BASE(D=2, E=2), False, False),
+        (ExpertChoice(D=2, E=2, k=1), True, True),
+        (ExpertChoice(D=2, E=2, k=1), False, True),
+    ],
+)
+def test_5_who_looks_at_later_tokens(gate, training, looks):
+    """The first of two tokens prefers expert 0. If the second one prefers it more, BASE gives the first expert 1 in
+    training and keeps to its wish at evaluation; expert choice, k = 1, turns it away at evaluation as well."""
+    nn.init.eye_(gate.weight)  # so that the logits are x itself
+    gate.train(training)
+
+    def experts_of_the_first(second):
+        x = torch.tensor([[1.0, 0.0], second])
+        return gate(x, torch.zeros(2, dtype=torch.long)).G[0].nonzero()[:, 0].tolist()
+
+    assert experts_of_the_first(second=[0.0, 2.0]) == [0]
+    assert experts_of_the_first(second=[2.0, 0.0]) == ([1] if looks else [0])
+
+
+# -- 6: what makes experts part --------------------------------------------------------------------------------------
+
+
+def updates_after_a_spawn(ratio, router_std):
+    """(4, H, D): how far w1 of each of four experts spawned from one has moved after 20 steps of SGD."""
+    torch.manual_seed(0)
+    first, experts, gate = Experts(1, 8, 16).double(), Experts(4, 8, 16).double(), Soft(D=8, E=4).double()
+    first.init(0, layer=0, std1=0.5, std2=0.5)
+    children = [offspring(first, 0, e, SimpleNamespace(seed=0, spawn="mask", spawn_ratio=ratio)) for e in range(4)]
+    for name, p in experts.named_parameters():
+        p.data = torch.stack([child[name].value for child in children]).detach()
+    nn.init.normal_(gate.weight, std=router_std)
+    layer, (x, ids) = MoE(gate, experts), new_tokens(32, 8)
+    optimizer, before = torch.optim.SGD(layer.parameters(), lr=0.1), experts.w1.detach().clone()
+    for _ in range(20):
+        optimizer.zero_grad()
+        (layer(x, ids)[0] - x).square().mean().backward()
+        optimizer.step()
+    return experts.w1.detach() - before
+
+
+@pytest.mark.parametrize("ratio, router_std, part", [(0.0, 0.0, False), (0.3, 0.0, True), (0.0, 1.0, True)])
+def test_6_what_makes_experts_part(ratio, router_std, part):
+    """Copies with equal weights get equal gradients, and a choice between equal outputs teaches the router nothing: they
+    never part. Masks make the gradients differ; so do unequal weights in G."""
+    moved = updates_after_a_spawn(ratio, router_std)
+    spread = (moved - moved.mean(0)).abs().max() / moved.abs().max()
+    assert moved.abs().max() > 0.01
+    assert spread > 0.1 if part else spread < 1e-9
