@@ -190,3 +190,89 @@ def test_6_what_makes_experts_part(ratio, router_std, part):
     spread = (moved - moved.mean(0)).abs().max() / moved.abs().max()
     assert moved.abs().max() > 0.01
     assert spread > 0.1 if part else spread < 1e-9
+
+
+# -- 7: rows that cross nodes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ep, rank, node, far", [(4, 4, 3, 5), (2, 5, 7, 0)])
+def test_7_rows_that_cross_nodes(ep, rank, node, far):
+    """With one expert on each of four ranks 5 of 12 rows cross nodes, 3 change the rank inside a node, 4 stay. With
+    ep = 2 every node has all experts: no row crosses, but the gradients of two replicas of each expert do."""
+    sends = torch.tensor(  # (token, expert): where G is not zero; ranks 0 to 3 hold two tokens each
+        [[1, 0, 1, 0], [0, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 0, 1], [1, 1, 0, 0]]
+    )
+    counts = sends.view(4, 2, 4).sum(1)  # (rank, expert): rows of each rank to each expert
+    total = {"rank": 0, "node": 0, "far": 0}
+    for r in range(4):
+        mesh = Mesh(rank=r, world=4, ep=ep, ranks_per_node=2)
+        my_group = counts[r - mesh.ep_rank :][:ep]  # what to_experts gathers: the rows of the ranks that share experts
+        sent = mesh.traffic(my_group, row_bytes=1)
+        total = {where: n + int(sent[f"tokens_{where}"]) for where, n in total.items()}
+    assert total == {"rank": rank, "node": node, "far": far}
+
+
+# -- 8: a wrong factor in the gradients ------------------------------------------------------------------------------
+
+
+def losses_and_gradient(make_optimizer, divide_by):
+    """(40,) losses of a run in which the experts' gradients are divided, and the first such gradient."""
+    layer, (x, ids) = new_layer(TopK(D=8, E=4)), new_tokens(64, 8)
+    optimizer, losses, gradients = make_optimizer(layer.parameters()), [], []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = (layer(x, ids)[0] - x.roll(1, dims=1)).square().mean()
+        loss.backward()
+        for p in layer.experts.parameters():
+            p.grad /= divide_by
+        optimizer.step()
+        losses.append(loss.detach())
+        gradients.append(layer.experts.w1.grad.clone())
+    return torch.stack(losses), gradients[0]
+
+
+def test_8_adam_hides_a_wrong_factor():
+    """Adam's step m / sqrt(v) does not change when all gradients of a parameter are a quarter of what they should be:
+    the loss curve is the same to 1e-3. That of SGD is not, and the gradients themselves show the factor at once."""
+    adam = lambda parameters: torch.optim.AdamW(parameters, lr=0.01)
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.2)
+    (right, gradient), (wrong, wrong_gradient) = losses_and_gradient(adam, 1), losses_and_gradient(adam, 4)
+    assert right[-1] < 0.8 * right[0] and (right - wrong).abs().max() < 1e-3 * right[0]
+    assert torch.allclose(wrong_gradient, gradient / 4) and gradient.abs().max() > 1e-3
+    (right, _), (wrong, _) = losses_and_gradient(sgd, 1), losses_and_gradient(sgd, 4)
+    assert right[-1] < 0.8 * right[0] and (right - wrong).abs().max() > 0.05 * right[0]
+
+
+# -- 9: a frozen parameter that moves --------------------------------------------------------------------------------
+
+
+def zero_gradient(p):
+    p.grad = torch.zeros_like(p)
+
+
+def no_gradient(p):
+    p.requires_grad_(False)
+    p.grad = None
+
+
+def gradient_left_behind(p):
+    p.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "freeze, least, most", [(zero_gradient, 9, 11), (no_gradient, 0, 0), (gradient_left_behind, 299, 301)]
+)
+def test_9_a_frozen_parameter_moves(freeze, least, most):
+    """In learning rates: a zero gradient lets the momentum carry a parameter on by ten (0.9 / sqrt(0.98) to the power of
+    1, 2, 3, ... adds up to 10.0); without a gradient Adam skips it. requires_grad=False alone is not enough: a gradient
+    that is still there is used again, once a step."""
+    p, lr = nn.Parameter(torch.zeros(1, dtype=torch.float64)), 0.01
+    optimizer = torch.optim.AdamW([p], lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for _ in range(500):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    frozen_at = p.item()
+    for _ in range(300):
+        freeze(p)
+        optimizer.step()
+    assert least <= (frozen_at - p.item()) / lr <= most
