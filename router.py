@@ -1486,24 +1486,29 @@ def matching_log_q(logp, z, dist):
 # python router.py
 
 
-def show():
-    """Print G of every gate, in training, for the same eight tokens and four experts; a dot is "not sent"."""
+def example(name, step=0):
+    """Eight tokens through the gate `name` with four experts, in training, at a step of 100 -> words (8), G (8, 4). The
+    same tokens for every gate; its weights are drawn at random."""
     torch.manual_seed(2)
     words = "the cat sat and the dog sat down".split()
     known = sorted(set(words))
     ids, vectors = torch.tensor([known.index(word) for word in words]), torch.randn(len(known), 8)
     vectors[known.index("dog")] = vectors[known.index("cat")] + 0.3 * torch.randn(8)  # cats and dogs are much alike
     x = vectors[ids] + 0.2 * torch.randn(8, 8)  # a word is not quite the same twice
-    offered = dict(D=8, E=4, V=len(known), counts=ids.bincount(), n_domains=2, steps=100, layer=0, seed=0)
-    print(" " * 10 + "".join(f"{word:>6}" for word in words))
-    for name in gates():
+    torch.manual_seed(1)
+    gate = make_gate(name, D=8, E=4, V=len(known), counts=ids.bincount(), n_domains=2, steps=100, layer=0, seed=0)
+    for p in gate.parameters():
+        p.data.normal_()  # an opinion, as after some training
+    gate.set_step(step)
+    return words, gate(x, ids, Place(8, domain=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))).G.detach()
+
+
+def show():
+    """Print G of every gate for the tokens of `example`; a dot is "not sent"."""
+    print(" " * 10 + "".join(f"{word:>6}" for word in example("soft")[0]))
+    for name, gate in gates().items():
         for step in (0, 99) if name == "dts" else (0,):
-            torch.manual_seed(1)
-            gate = make_gate(name, **offered)
-            for p in gate.parameters():
-                p.data.normal_()  # an opinion, as after some training
-            gate.set_step(step)
-            G = gate(x, ids, Place(8, domain=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))).G
+            G = example(name, step)[1]
             idea, when = " ".join(gate.__doc__.split()), f" at step {step} of 100" if name == "dts" else ""
             print(f"\n{name}{when}: {idea[: idea.find('(')].rstrip(':, ')}")
             for e, column in enumerate(G.T.tolist()):
