@@ -15,8 +15,10 @@ from xml.sax.saxutils import escape
 
 import torch
 
-import ranks  # noqa: F401  puts the repository on the path
-from router import example
+from ranks import run_ranks  # puts the repository on the path, too
+from dist import make_mesh
+from experts import MoE
+from router import example, make_gate
 
 FIGURES = Path(__file__).parent / "figures"
 WIDTH = 700
@@ -30,12 +32,25 @@ text { font: 14px system-ui, sans-serif; fill: #1f2328 }
 .frame { fill: none; stroke: #c5ccd3 }
 .heat { fill: #1f6feb }
 .on { fill: #ffffff }
+.small { font-size: 12px }
+.digit { font-size: 17px; font-weight: 600 }
+.t0 { fill: #e5534b; stroke: #e5534b }
+.t1 { fill: #e0823d; stroke: #e0823d }
+.t2 { fill: #c9a227; stroke: #c9a227 }
+.t3 { fill: #57a64a; stroke: #57a64a }
+.t4 { fill: #2fa8a0; stroke: #2fa8a0 }
+.t5 { fill: #3b82d6; stroke: #3b82d6 }
+.t6 { fill: #8a63d2; stroke: #8a63d2 }
+.t7 { fill: #d063a5; stroke: #d063a5 }
+.road { fill: none; stroke-width: 2.5 }
+.over { paint-order: stroke; stroke: #ffffff; stroke-width: 6; stroke-linejoin: round }
 @media (prefers-color-scheme: dark) {
 text { fill: #e6edf3 }
 .soft { fill: #9aa4ae }
 .frame { stroke: #4a525b }
 .heat { fill: #58a6ff }
 .on { fill: #0d1117 }
+.over { stroke: #0d1117 }
 }
 """
 
@@ -90,14 +105,13 @@ def draw_gates(path):
     parts = []
     for i, (gate, step, name, idea) in enumerate(PANELS):
         words, G = example(gate, step)
-        parts += heat_map(10 + 350 * (i % 2), 158 + 194 * (i // 2), name, idea, words, G)
+        parts += heat_map(10 + 350 * (i % 2), 138 + 194 * (i // 2), name, idea, words, G)
     caption = (
         "A column is a token, a row is an expert (E0 to E3), a cell is the weight G. Empty: not sent.",
         "See: hash knows only the word; switch and topk send cat and dog, much alike, the same way,",
-        "but some experts idle and some are crowded; expertchoice and base give each expert as",
-        "many; dts goes from all experts to one.",
+        "but load experts unevenly; expertchoice and base load them alike; dts goes from all to one.",
     )
-    save_svg(path, 158 + 194 * 4, "G of six gates for the same eight tokens", caption, parts)
+    save_svg(path, 138 + 194 * 4, "G of six gates for the same eight tokens", caption, parts)
 
 
 def heat_map(x, y, name, idea, words, G):
@@ -119,18 +133,153 @@ def heat_map(x, y, name, idea, words, G):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The journey of the rows on two ranks
+
+CHIP, PITCH, GAP, LANE, HOMES = (
+    36,
+    38,
+    10,
+    336,
+    (6, 358),
+)  # a row's square, from one to the next, between experts; lanes
+
+
+class Watched(torch.nn.Module):
+    """Experts that hand their rows back as they are, and remember them."""
+
+    def forward(self, rows, counts):
+        self.rows, self.counts = rows, counts
+        return rows
+
+
+def travel(rank, world):
+    """One rank's part of a layer, by MoE.dispatch and the Mesh themselves; a row holds nothing but its token's number.
+
+    -> G (4, 4) of this rank's tokens; sent: numbers of the tokens whose rows leave, expert by expert, and how many for
+    each expert; got: numbers of those that arrive, and how many for each expert that lives here; y (4, 1).
+    """
+    G = example("gshard")[1].tensor_split(world)[rank]  # (N, E): a token's noise is the same on any number of ranks
+    tokens = torch.arange(8.0)[:, None].tensor_split(world)[rank]  # (N, 1)
+    moe = MoE(make_gate("gshard", D=1, E=4), Watched(), make_mesh(rank, world, n_experts=4))
+    y = moe.dispatch(tokens, G)
+    token = G.t().nonzero(as_tuple=True)[1]  # as in dispatch
+    numbers = lambda rows: rows.flatten().int().tolist()
+    return dict(G=G, y=y, sent=numbers(tokens[token]), load=moe.stats["load"].tolist(),
+                got=numbers(moe.experts.rows), arrived=moe.experts.counts.tolist())  # fmt: skip
+
+
+def draw_journey(path):
+    """From top to bottom: tokens and G, rows by expert, (all-to-all), experts, (back), rows times G, y."""
+    words, trips = example("gshard")[0], run_ranks(2, travel)
+    parts, stays = [], 0
+    leave, arrive = {}, {}  # (token, expert) -> x of its square at home and at its expert
+    for rank, trip in enumerate(trips):
+        x = HOMES[rank]
+        stays += sum(trip["load"][2 * rank : 2 * rank + 2])
+        at_home = lay_out(x + 5, trip["sent"], trip["load"], 0)
+        at_expert = lay_out(x + 5, trip["got"], trip["arrived"], 2 * rank)
+        leave, arrive = leave | at_home, arrive | at_expert
+        parts += home(x, rank, trip["G"], words) + rows(at_home, 314, words)
+        parts += hosts(x, rank, at_expert, words)
+        parts += arrivals_home(x, trip["G"], at_home, words)
+    roads = [road(n, leave[n, e], 350, arrive[n, e], 500) for n, e in leave]
+    roads += [road(n, arrive[n, e], 578, leave[n, e], 704) for n, e in leave]
+    moved = len(leave) - stays
+    caption = (
+        "Follow a colour. Four tokens and two experts live on each rank; the gate (here gshard) gives a",
+        f"token one expert or two. See: only the non-zeros of G travel, {len(leave)} rows; {moved} change rank.",
+    )
+    save_svg(path, 912, "A mixture layer on two ranks, there and back", caption, roads + parts)
+
+
+def lay_out(x, numbers, counts, first):
+    """{(token, expert): x of its square}: squares from left to right, a gap between experts; first: number of the
+    first expert."""
+    experts = [first + e for e, n in enumerate(counts) for _ in range(n)]
+    asked = sorted(set(experts))
+    return {(n, e): x + PITCH * i + GAP * asked.index(e) for i, (n, e) in enumerate(zip(numbers, experts))}
+
+
+def chip(x, y, n, words, round=4, width=CHIP):
+    """A square in the colour of token n, with its number and its word."""
+    middle = x + width / 2
+    return [box(x, y, width, CHIP, f"t{n}", f' rx="{round}" fill-opacity="0.3"'),
+            text(middle, y + 17, str(n), "middle digit"), text(middle, y + 31, words[n], "middle small")]  # fmt: skip
+
+
+def rows(places, y, words, round=4):
+    return [part for (n, _), x in places.items() for part in chip(x, y, n, words, round)]
+
+
+def road(n, x0, y0, x1, y1):
+    """A curve from below one square of token n to above another."""
+    x0, x1, middle = x0 + CHIP / 2, x1 + CHIP / 2, (y0 + y1) / 2
+    return f'<path d="M{x0:g} {y0:g}C{x0:g} {middle:g} {x1:g} {middle:g} {x1:g} {y1:g}" class="t{n} road"/>'
+
+
+def frame(x, y, height, name, what):
+    return [box(x, y, LANE, height, "frame", ' rx="8"'), text(x + 8, y + 20, name, "name over"),
+            text(x + LANE - 8, y + 20, what, "soft end over")]  # fmt: skip
+
+
+def home(x, rank, G, words):
+    """A rank's tokens and, beneath them, its part of G (4, 4)."""
+    parts, first = frame(x, 104, 254, f"rank {rank}", "1 tokens x, and their G"), 4 * rank
+    for i in range(4):
+        parts += chip(x + 34 + 74 * i, 134, first + i, words, width=70)
+    for e, row in enumerate(G.T.tolist()):
+        y = 174 + 28 * e
+        parts.append(text(x + 8, y + 18, f"E{e}", "soft"))
+        for i, g in enumerate(row):
+            where = x + 34 + 74 * i
+            parts.append(box(where, y, 70, 26, "frame"))
+            if g:
+                parts.append(box(where, y, 70, 26, f"t{first + i}", f' fill-opacity="{0.15 + 0.5 * g:.2f}"'))
+                parts.append(text(where + 35, y + 18, number(g), "middle"))
+    return parts + [text(x + LANE / 2, 306, "2 G read line by line: rows, expert by expert", "middle soft")]
+
+
+def hosts(x, rank, places, words):
+    """The rows that arrived at a rank, and the experts that live there beneath them."""
+    parts = frame(x, 470, 114, f"rank {rank}", "3 all-to-all: by expert, then by rank") + rows(places, 500, words)
+    for e in sorted({e for _, e in places}):
+        xs = [at for (_, expert), at in places.items() if expert == e]
+        width = max(xs) + CHIP - min(xs)
+        parts += [box(min(xs), 544, width, 32, "heat", ' rx="4"'),
+                  text(min(xs) + width / 2, 566, f"E{e}", "middle name on")]  # fmt: skip
+    return parts
+
+
+def arrivals_home(x, G, places, words):
+    """The rows that came back, in the order in which they left, and y, their sum weighted by G."""
+    first = min(n for n, _ in places)
+    parts = frame(x, 674, 230, f"rank {first // 4}", "4 back as E(x), in the order of 2")
+    parts += rows(places, 704, words, round=18)
+    for (n, e), at in places.items():
+        parts.append(road(n, at, 740, x + 34 + 74 * (n - first) + 17, 794))
+    parts.append(text(x + LANE / 2, 896, "5 each times its G, added up: y", "middle soft"))
+    for i, row in enumerate(G.tolist()):
+        where = x + 34 + 74 * i
+        parts += chip(where, 794, first + i, words, 18, width=70)
+        terms = [f"{number(g)} E{e}" for e, g in enumerate(row) if g]
+        for line, term in enumerate(terms):
+            parts.append(text(where + 35, 848 + 17 * line, ("+ " if line else "") + term, "middle"))
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=["gates"])
+    parser.add_argument("picture", choices=["gates", "journey"])
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder to draw into")
     a = parser.parse_args(argv)
     torch.set_num_threads(1)
     path = a.out / f"{a.picture}.svg"
-    if a.picture == "gates":
-        draw_gates(path)
+    draw = {"gates": draw_gates, "journey": draw_journey}
+    draw[a.picture](path)
     print(f"drew {path}")
 
 

@@ -4,12 +4,13 @@ import re
 import xml.dom.minidom
 
 import pytest
+import torch
 
-import ranks  # noqa: F401  puts the repository on the path
+from ranks import run_ranks  # puts the repository on the path, too
 import pictures
 from router import example
 
-NAMES = ["gates"]
+NAMES = ["gates", "journey"]
 
 
 def elements(path, tag):
@@ -80,3 +81,34 @@ def test_what_the_caption_of_gates_says_is_so():
 @pytest.mark.parametrize("g, shown", [(1.0, "1"), (0.996, "1"), (0.314, ".31"), (0.05, ".05"), (0.001, "<.01")])
 def test_a_weight_has_three_characters(g, shown):
     assert pictures.number(g) == shown
+
+
+def test_journey_draws_every_row_twice_and_a_road_for_each_leg(tmp_path):
+    pictures.main(["journey", f"--out={tmp_path}"])
+    check_form(tmp_path / "journey.svg")
+    n_rows, n_tokens = int((example("gshard")[1] != 0).sum()), 8
+    roads = [p for p in elements(tmp_path / "journey.svg", "path") if "road" in p.getAttribute("class")]
+    assert len(roads) == 3 * n_rows  # to the experts, back, into the sum
+    shown = [word for word in words(tmp_path / "journey.svg") if word in "01234567"]
+    assert len(shown) == 3 * n_rows + 2 * n_tokens
+    squares = {(float(r.getAttribute("x")) + 18, float(r.getAttribute("y"))) for r in
+               elements(tmp_path / "journey.svg", "rect") if r.getAttribute("width") == "36"}  # fmt: skip
+    for x0, y0, *_, x1, y1 in (map(float, re.findall(r"[\d.]+", p.getAttribute("d"))) for p in roads):
+        assert (x0, y0 - 36) in squares or (x0, 500.0) in squares  # from below a square, or below its expert
+        assert (x1, y1) in squares or y1 == 794  # to the top of a square, or of y
+
+
+def test_the_rows_of_journey_travel_as_one_process_would_sort_them():
+    """On one process all rows are sorted by expert, tokens in order; each rank gets its experts' part of that."""
+    trips, G = run_ranks(2, pictures.travel), example("gshard")[1]
+    expert, token = G.t().nonzero(as_tuple=True)
+    for rank, trip in enumerate(trips):
+        mine = expert // 2 == rank
+        assert trip["got"] == token[mine].tolist()
+        assert trip["arrived"] == [int((expert == e).sum()) for e in (2 * rank, 2 * rank + 1)]
+        here = token // 4 == rank
+        assert trip["sent"] == token[here].tolist()
+        assert trip["load"] == [int((expert[here] == e).sum()) for e in range(4)]
+    y = torch.cat([trip["y"] for trip in trips])[:, 0]
+    assert torch.allclose(y, torch.arange(8.0) * G.sum(1))
+    assert torch.equal(torch.cat([trip["G"] for trip in trips]), G)
