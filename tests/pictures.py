@@ -10,12 +10,16 @@ package. A picture is a list of SVG elements, strings; y grows downwards.
 """
 
 import argparse
+import re
 from pathlib import Path
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 import torch
 
 from ranks import run_ranks  # puts the repository on the path, too
+import train
+from data import batches
 from dist import make_mesh
 from experts import MoE
 from router import example, make_gate
@@ -30,9 +34,11 @@ text { font: 14px system-ui, sans-serif; fill: #1f2328 }
 .middle { text-anchor: middle }
 .end { text-anchor: end }
 .frame { fill: none; stroke: #c5ccd3 }
+.mark { stroke: #1f2328; stroke-width: 2; stroke-dasharray: 3 2 }
 .heat { fill: #1f6feb }
 .on { fill: #ffffff }
 .small { font-size: 12px }
+.code { font: 14px ui-monospace, monospace }
 .digit { font-size: 17px; font-weight: 600 }
 .t0 { fill: #e5534b; stroke: #e5534b }
 .t1 { fill: #e0823d; stroke: #e0823d }
@@ -48,6 +54,7 @@ text { font: 14px system-ui, sans-serif; fill: #1f2328 }
 text { fill: #e6edf3 }
 .soft { fill: #9aa4ae }
 .frame { stroke: #4a525b }
+.mark { stroke: #e6edf3 }
 .heat { fill: #58a6ff }
 .on { fill: #0d1117 }
 .over { stroke: #0d1117 }
@@ -268,18 +275,151 @@ def arrivals_home(x, G, places, words):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Which expert takes which domain and which words
+
+
+class Taken(NamedTuple):
+    """What the experts of a trained model's first mixture layer took of the held-out text."""
+
+    name: str  # gate and steps
+    counts: torch.Tensor  # (E, number of domains, V): tokens that went to an expert, by domain and token id
+    domains: list  # names
+    decode: object  # token id -> text
+
+
+def take(folder):
+    """Run the held-out text through the newest checkpoint of a run. ValueError if it is no GPT with a mixture."""
+    run = train.set_up(dict(out_dir=folder, eval_only=True))
+    if run.cfg.objective != "gpt" or not run.model.gates():
+        raise ValueError(f"{folder} is not a run with --objective=gpt and more than one expert")
+    gate, corpus, seen = run.model.gates()[0], run.objective.corpus, []
+    split = corpus.held_out()[0]
+    names = [name for name, _, _ in corpus.domains(split)]
+    counts = torch.zeros(gate.E * len(names) * corpus.V, dtype=torch.long)
+    watch = gate.register_forward_hook(lambda gate, inputs, routing: seen.append(routing.G.cpu()))
+    with train.evaluating(run.model):
+        for batch in run.objective.held_out(split):
+            filler = (batch["y"] < 0).flatten()  # rows that make the last batch whole
+            ids, domain = batch["x"].flatten(), batch["domain"].flatten()
+            (batch,) = batches.micro_batches(batch, 1, run.mesh)
+            train.task_loss(run.model, batch)
+            token, expert = seen.pop().masked_fill(filler[:, None], 0).nonzero(as_tuple=True)
+            where = (expert * len(names) + domain[token]) * corpus.V + ids[token]
+            counts += torch.bincount(where, minlength=len(counts))
+    watch.remove()
+    counts = counts.view(gate.E, len(names), corpus.V)
+    return Taken(f"{run.cfg.gate}, after {run.first} steps", counts, names, lambda i: corpus.tok.decode([i]))
+
+
+def characteristic(counts, least=50, most=5):
+    """counts (E, V) -> for each expert the ids with the largest share here to share overall, the more frequent first
+    where that is equal (to one hundredth). Only ids that came `least` times.
+
+    Within an expert this is the order of counts[e, i] / counts[:, i].sum(): the other factors are the same for all.
+    """
+    share = (counts / counts.sum(0).clamp(min=1)).mul(100).round()
+    best = []
+    for e, row in enumerate(counts):
+        ids = (row >= least).nonzero()[:, 0].tolist()
+        best.append(sorted(ids, key=lambda i: (-share[e, i], -row[i]))[:most])
+    return best
+
+
+def visible(token):
+    """A token as it is shown: spaces as dots, many as a number, line ends as arrows, at most twelve characters."""
+    shown = re.sub(" {4,}", lambda run: f"·×{len(run[0])}", token)
+    shown = shown.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    shown = "".join(c if c.isprintable() else "?" for c in shown)
+    return shown if len(shown) <= 12 else shown[:11] + "…"
+
+
+def draw_experts(path, folders):
+    """A table for each run: its experts, those with the most of the first domain on top."""
+    parts, y = [], 158
+    for folder in folders:
+        taken = take(folder)
+        parts += table(y, taken)
+        y += 110 + 28 * len(taken.counts)
+    caption = (
+        "Held-out text in the first mixture layer. A bar: what an expert's tokens are (line: of all),",
+        "then its share of tokens, and what it gets far more of than others (· space, ↵ line end).",
+        "See: a learned gate collects what belongs together; a table by token id deals out at random.",
+    )
+    save_svg(path, y - 20, "Which expert takes what", caption, parts)
+
+
+def table(y, taken):
+    """The experts of one run, beginning with the base line y."""
+    counts = taken.counts
+    load, by_domain, by_id = counts.sum((1, 2)), counts.sum(2), counts.sum(1)
+    share = by_domain / load.clamp(min=1)[:, None]  # (E, domains)
+    low, high = share[load > 0, 0].min(), share[:, 0].max()
+    alone = by_id.max(0).values.sum() / load.sum()  # right, if every token went where most of its id go
+    found = f"{taken.domains[0]} is {low:.0%} to {high:.0%} of an expert's tokens; the word alone predicts {alone:.0%} "
+    parts = [text(10, y, taken.name, "name"), text(10, y + 22, found + "of the choices", "soft")]
+    x = 44
+    for d, name in enumerate(taken.domains):
+        parts += [box(x, y + 36, 12, 12, paint(d)), text(x + 17, y + 47, name)]
+        x += 29 + 8.4 * len(name)
+    order, words = share[:, 0].argsort(descending=True).tolist(), characteristic(by_id)
+    for i, e in enumerate(order):
+        top = y + 56 + 28 * i
+        parts.append(text(10, top + 17, f"E{e}", "soft"))
+        parts += bar(44, top, share[e].tolist(), 170)
+        parts.append(text(262, top + 17, f"{load[e] / load.sum():.0%}", "end"))
+        parts += tokens(276, top, [visible(taken.decode(i)) for i in words[e]])
+    mark = 44 + 170 * by_domain[:, 0].sum() / load.sum()
+    return parts + [f'<path d="M{mark:.1f} {y + 54}v{28 * len(order)}" class="mark"/>']
+
+
+def paint(d):
+    """The colour of domain d."""
+    return f"t{(1 + 3 * d) % 8}"
+
+
+def bar(x, y, shares, width):
+    parts = []
+    for d, share in enumerate(shares):
+        parts.append(box(x, y, round(width * share, 1), 24, paint(d), ' stroke-width="0" fill-opacity="0.75"'))
+        x += round(width * share, 1)
+    return parts
+
+
+def tokens(x, y, words):
+    """Tokens in frames from left to right, as many as there is room for."""
+    parts = []
+    for word in words:
+        width = 8.6 * len(word) + 12
+        if x + width > WIDTH - 6:
+            break
+        parts += [box(x, y, width, 24, "frame", ' rx="4"'), text(x + width / 2, y + 17, word, "middle code")]
+        x += width + 6
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=["gates", "journey"])
+    parser.add_argument("picture", choices=["gates", "journey", "experts"])
+    parser.add_argument("--runs", default="", help="experts: out_dirs of train.py, with commas between them")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder to draw into")
     a = parser.parse_args(argv)
+    if (a.picture == "experts") != bool(a.runs):
+        parser.error("experts, and only experts, needs --runs=DIR1,DIR2")
     torch.set_num_threads(1)
     path = a.out / f"{a.picture}.svg"
-    draw = {"gates": draw_gates, "journey": draw_journey}
-    draw[a.picture](path)
+    try:
+        if a.picture == "gates":
+            draw_gates(path)
+        elif a.picture == "journey":
+            draw_journey(path)
+        else:
+            draw_experts(path, a.runs.split(","))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"pictures: {error}") from None
     print(f"drew {path}")
 
 

@@ -8,9 +8,12 @@ import torch
 
 from ranks import run_ranks  # puts the repository on the path, too
 import pictures
+import train
+from data.bpe import Tokenizer
+from data.files import write_text
 from router import example
 
-NAMES = ["gates", "journey"]
+NAMES = ["gates", "journey", "experts"]
 
 
 def elements(path, tag):
@@ -112,3 +115,68 @@ def test_the_rows_of_journey_travel_as_one_process_would_sort_them():
     y = torch.cat([trip["y"] for trip in trips])[:, 0]
     assert torch.allclose(y, torch.arange(8.0) * G.sum(1))
     assert torch.equal(torch.cat([trip["G"] for trip in trips]), G)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{gate or "dense": folder of a run of a tiny, untrained model} on two domains of text, in bytes."""
+    folder, tok = tmp_path_factory.mktemp("runs"), Tokenizer("bytes", [bytes([i]) for i in range(256)])
+    split = {"prose": ["the cat sat on a mat\n" * 12] * 3, "code": ["DEF CAT(MAT)\n" * 12] * 5}
+    write_text(str(folder / "text"), tok, {"train": split, "val": split}, "a test")
+    common = dict(
+        dataset=str(folder / "text"), n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=7, device="cpu"
+    )
+    for name, flags in dict(hash=dict(gate="hash"), topk=dict(gate="topk"), dense=dict(n_experts=1)).items():
+        (folder / name).mkdir()
+        train.save(train.set_up(common | flags | dict(out_dir=str(folder / name))), 0)
+    return {name: str(folder / name) for name in ("hash", "topk", "dense")}
+
+
+def test_experts_counts_every_held_out_token_once_per_expert(runs):
+    corpus = train.set_up(dict(out_dir=runs["hash"], eval_only=True)).objective.corpus
+    windows = [
+        (d, start) for d, (_, first, end) in enumerate(corpus.domains("val")) for start in range(first, end - 16, 16)
+    ]
+    table = pictures.take(runs["hash"])
+    for d in 0, 1:
+        ids = torch.tensor([int(i) for of, s in windows if of == d for i in corpus.splits["val"][s : s + 16]])
+        assert torch.equal(table.counts[:, d].sum(0), ids.bincount(minlength=corpus.V))
+    assert ((table.counts.sum(1) > 0).sum(0) <= 1).all()  # an id has one expert
+    two = pictures.take(runs["topk"])
+    assert two.counts.shape == (8, 2, corpus.V) and torch.equal(two.counts.sum(0), 2 * table.counts.sum(0))
+
+
+def test_experts_draws_a_table_for_each_run(runs, tmp_path):
+    pictures.main(["experts", f"--runs={runs['hash']},{runs['topk']}", f"--out={tmp_path}"])
+    check_form(tmp_path / "experts.svg")
+    shown = words(tmp_path / "experts.svg")
+    assert sum(word[0] == "E" and word[1:].isdigit() for word in shown) == 16
+    assert "hash, after 0 steps" in shown and "topk, after 0 steps" in shown
+    assert sum("predicts 100%" in word for word in shown) == 1
+
+
+def test_experts_needs_runs_with_experts(runs, tmp_path):
+    with pytest.raises(SystemExit, match="dense is not a run with --objective=gpt and more than one expert"):
+        pictures.main(["experts", f"--runs={runs['dense']}", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        pictures.main(["experts", f"--runs={tmp_path / 'nothing'}", f"--out={tmp_path}"])
+    for wrong in ["experts"], ["gates", "--runs=out"]:
+        with pytest.raises(SystemExit):
+            pictures.main([*wrong, f"--out={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_characteristic_tokens_by_hand():
+    """Token 0 is everywhere, 1 is only here but rare, 2 and 3 are only here, 3 more often, 4 is mostly here."""
+    counts = torch.tensor([[90, 9, 60, 70, 80], [90, 0, 0, 0, 20]])
+    assert pictures.characteristic(counts) == [[3, 2, 4, 0], [0]]
+    assert pictures.characteristic(counts, least=5, most=3) == [[3, 2, 1], [0, 4]]
+
+
+TOKENS = {" self": "·self", "\n" + 8 * " ": "↵·×8", "\n\t": "↵→", "   ": "···", "\x07": "?", "<&>": "<&>",
+          "x" * 13: "x" * 11 + "…"}  # fmt: skip
+
+
+@pytest.mark.parametrize("token, shown", TOKENS.items())
+def test_tokens_are_shown_so_that_one_sees_their_spaces(token, shown):
+    assert pictures.visible(token) == shown
