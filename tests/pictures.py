@@ -5,6 +5,11 @@ Three pictures, drawn by the code that they are about:
     python tests/pictures.py journey            the rows of two processes on their way to the experts and back
     python tests/pictures.py experts --runs=out-switch,out-hash      who gets what in two trained models
 
+The last reads the newest checkpoint of runs of train.py and trains nothing. The one in tests/figures/ was drawn from
+
+    python train.py --max_steps=300 --gate=switch --out_dir=out-switch
+    python train.py --max_steps=300 --gate=hash --out_dir=out-hash
+
 Each is an SVG file in tests/figures/ (--out=FOLDER: elsewhere), 700 wide, in light and dark mode, without a plotting
 package. A picture is a list of SVG elements, strings; y grows downwards.
 """

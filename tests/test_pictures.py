@@ -54,6 +54,12 @@ def test_the_pictures_of_the_repository_have_the_form(name):
     check_form(pictures.FIGURES / f"{name}.svg")
 
 
+@pytest.mark.parametrize("name", ["gates", "journey"])
+def test_the_pictures_of_the_repository_say_what_the_code_does_today(name, tmp_path):
+    pictures.main([name, f"--out={tmp_path}"])
+    assert words(tmp_path / f"{name}.svg") == words(pictures.FIGURES / f"{name}.svg"), f"draw {name} again"
+
+
 def test_gates_shows_the_numbers_of_every_panel(tmp_path):
     pictures.main(["gates", f"--out={tmp_path}"])
     check_form(tmp_path / "gates.svg")
