@@ -220,6 +220,7 @@ def chip(x, y, n, words, round=4, width=CHIP):
 
 
 def rows(places, y, words, round=4):
+    """The squares of `lay_out` at height y."""
     return [part for (n, _), x in places.items() for part in chip(x, y, n, words, round)]
 
 
@@ -348,7 +349,7 @@ def draw_experts(path, folders):
     caption = (
         "Held-out text in the first mixture layer. A bar: what an expert's tokens are (line: of all),",
         "then its share of tokens, and what it gets far more of than others (· space, ↵ line end).",
-        "See: a learned gate collects what belongs together; a table by token id deals out at random.",
+        "See: a learned gate collects what belongs together; a table by token id deals out blindly.",
     )
     save_svg(path, y - 20, "Which expert takes what", caption, parts)
 
@@ -383,6 +384,7 @@ def paint(d):
 
 
 def bar(x, y, shares, width):
+    """Shares of the domains, one after the other."""
     parts = []
     for d, share in enumerate(shares):
         parts.append(box(x, y, round(width * share, 1), 24, paint(d), ' stroke-width="0" fill-opacity="0.75"'))
