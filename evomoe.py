@@ -1,11 +1,11 @@
 """
 EvoMoE's curriculum: train one expert, spawn many from it, then let the gate learn how many each token needs.
 
-    python train.py --gate=dts --diversify=0.1
+    python train.py --gate=dts --diversify=0.05
 
     phase       experts  what happens (Nie et al. 2021, arXiv:2112.14397)
     diversify   1        each MoE layer is one FFN: exactly the dense model
-    anneal      E        experts spawned from it, the gate is dense; temperature and noise fall
+    dense       E        experts spawned from it, the gate asks all of them (and cools, where it is told to)
     tighten     E        the bar that a gate value must clear rises: each token keeps as many experts as clear it
     hard        E        the k best only
 
@@ -13,7 +13,7 @@ The spawn is the business of this file; the three phases after it are the schedu
 every gate's is a pure function of the step, counted from the spawn. Any other gate can have the first phase too; then
 one phase follows, "mixture". The same file holds the other ways in:
 
-    python train.py --gate=switch --diversify=0.1 --spawn=copy          sparse upcycling within one run
+    python train.py --gate=switch --diversify=0.05 --spawn=copy         sparse upcycling within one run
     python train.py --gate=dts --init_from=out-dense                    the first phase is a finished run, or gpt2
     python train.py --objective=roberta --n_experts=1 --moe_every=1 --out_dir=out-teacher        MoEBERT: a teacher
     python train.py --objective=roberta --init_from=out-teacher --moe_every=1 --n_experts=4 --gate=hash --distill=1 \
@@ -26,10 +26,10 @@ Decisions (the paper's body and code leave these open):
 - A mask is applied once: a zeroed weight may grow again. It is drawn from (seed, layer, expert's global number), so
   that any number of processes spawns the same experts. Biases are copied.
 - A spawn without change (ratio 0, or copies) keeps the function if the gate's weights sum to 1, which those of DTS do
-  at the start; a top-1 gate multiplies by p < 1 and has to recover.
-
-- Noise falls with the temperature, and then the bar rises until there is room for one. Noise that stays makes top-1 a
-  sample for good; a low temperature alone leaves 7 of 8 experts on. tests/RESULTS.md has the runs.
+  at the start; a top-1 gate multiplies by p < 1 and has to recover. Copies under equal weights never part: they get the
+  same gradient at every step. Masks part them at once.
+- A low temperature alone does not make a gate sparse, a rising bar does; noise that stays makes top-1 a sample.
+- A short dense part is enough: it is what EvoMoE costs, and longer ones bought nothing here (tests/RESULTS.md).
 
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """

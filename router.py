@@ -533,68 +533,71 @@ class DTS(Gate):
     """Dense to sparse: from all experts to k, on the way as many as a token's own scores ask for (EvoMoE, Nie et al.
     2021, arXiv:2112.14397).
 
-        y = softmax((x W + s g) / tau),  g ~ Gumbel(0, 1)      no noise at evaluation
+        y = softmax((x W + s g) / tau),  g ~ Gumbel(0, 1)
         m = y > bar, and always the k largest;  in the end only these
         G = m * y   (combine=gumbel)   or   m * softmax(x W)   (combine=softmax)
 
-    The schedule, in shares of the steps from the moment that the experts exist: until `anneal`, tau falls from tau_max
-    to tau_min and the noise s from 1 to 0; until `hard`, the bar rises from `threshold` to `tighten`; then m is the k
-    largest. Above a bar of 0.5 only one expert can be, so that nothing jumps at the end. The paper has s = 1 throughout
-    (noise=constant), with which the choice stays a sample of softmax(x W) at any tau, and a fixed bar of 0.001
-    (tighten=0.001). G is not renormalised: with k = 1 that would leave the router without a gradient. A dropped expert
-    gets no gradient, but comes back when its score does: it is part of the others' softmax. reads=id (not in the paper)
-    takes the logits from a learned table by token id: what Hash reads, with what DTS learns. init: scale of W; 1 gives
-    logits of unit variance. tests/RESULTS.md says what each knob was worth.
+    The schedule, in shares of the steps from the moment that the experts exist: until `dense` the bar is at
+    `threshold`, which keeps nearly all experts on; until `hard` it rises to `tighten`; then m is the k largest. Above
+    0.5 there is room for one expert only, so that nothing jumps at the end. In the dense part tau goes from tau_max to
+    tau_min, and with noise=annealed s from 1 to 0; there is no noise at evaluation. The paper cools a noisy gate
+    (tau_max=2, tau_min=0.3, noise=constant, with which the choice stays a sample of softmax(x W) at any tau) under a
+    fixed bar of 0.001 (tighten=0.001); tests/RESULTS.md says what each knob was worth, and why the defaults are others.
+    G is not renormalised: with k = 1 that would leave the router without a gradient. A dropped expert gets no gradient,
+    but comes back when its score does: it is part of the others' softmax. init: scale of W, 1 gives logits of unit
+    variance. reads=id (not in the paper): the logits are a learned table by token id, what Hash reads, with what DTS
+    learns.
 
     Reads: content, or the token id. Balanced by: `balance_loss` of y and m. Looks ahead: never.
     """
 
-    def __init__(self, D, E, k=1, tau_max=2.0, tau_min=0.3, anneal=1 / 6, hard=1 / 3, threshold=0.001, tighten=0.5,
-                 combine="gumbel", noise="annealed", balance=0.01, reads="content", init=1.0, V=0,
-                 steps=0):  # fmt: skip
+    def __init__(self, D, E, k=1, tau_max=1.0, tau_min=1.0, dense=0.02, hard=0.06, threshold=0.001, tighten=0.5,
+                 combine="gumbel", noise="none", balance=0.01, reads="content", init=0.1, V=0, steps=0):  # fmt: skip
         super().__init__(D, E, k)
         refuse_unless("dts",
             combine=(combine, combine in ("gumbel", "softmax"), "gumbel or softmax"),
-            noise=(noise, noise in ("annealed", "constant"), "annealed or constant"),
+            noise=(noise, noise in ("none", "annealed", "constant"), "none, annealed or constant"),
             reads=(reads, reads in ("content", "id"), "content or id"),
             tau_min=(tau_min, 0 < tau_min <= tau_max, f"above 0 and at most tau_max={tau_max}"),
-            hard=(hard, 0 <= anneal <= hard <= 1, f"at least anneal={anneal}, and both from 0 to 1"),
+            hard=(hard, 0 <= dense <= hard <= 1, f"at least dense={dense}, and both from 0 to 1"),
             threshold=(threshold, 0 < threshold <= tighten <= 1, f"above 0 and at most tighten={tighten} <= 1"),
             init=(init, init >= 0, "at least 0"))  # fmt: skip
         self.by_id = reads == "id"
-        self.weight = nn.Parameter(init * (torch.randn(V, E) if self.by_id else torch.randn(E, D) * D**-0.5))
+        self.weight = nn.Parameter(torch.randn(V, E) if self.by_id else init * torch.randn(E, D) * D**-0.5)
         self.least, self.bars, self.gumbel = k, (threshold, tighten), combine == "gumbel"
-        self.taus, self.constant_noise = (tau_max, tau_min), noise == "constant"
-        self.sparse_from, self.hard_from, self.steps = round(anneal * steps), round(hard * steps), steps
+        self.taus = tau_max, tau_min
+        self.noises = dict(none=(0.0, 0.0), annealed=(1.0, 0.0), constant=(1.0, 1.0))[noise]
+        self.sparse_from, self.hard_from, self.steps = round(dense * steps), round(hard * steps), steps
         self.register_buffer("tau", torch.tensor(0.0))
         self.register_buffer("noise", torch.tensor(0.0))
         self.register_buffer("bar", torch.tensor(0.0))
         self.register_buffer("hard", torch.tensor(False))
         self.loss_weights = {"balance": balance}
-        self.set("anneal", tau_max)
+        self.set("dense", tau_max, self.noises[0])
 
     def phases(self):
-        table = [("anneal", 0, self.sparse_from), ("tighten", self.sparse_from, self.hard_from),
+        table = [("dense", 0, self.sparse_from), ("tighten", self.sparse_from, self.hard_from),
                  ("hard", self.hard_from, self.steps)]  # fmt: skip
         return [(name, first) for name, first, end in table if first < end]
 
     def set_step(self, step):
         high, low = self.taus
+        first, last = self.noises
         if step < self.sparse_from:
-            tau = high + (low - high) * (step / self.sparse_from)
-            self.set("anneal", tau, (tau - low) / (high - low) if high > low else 0.0)
+            t = step / self.sparse_from
+            self.set("dense", high + (low - high) * t, first + (last - first) * t)
         elif step < self.hard_from:
-            self.set("tighten", low, 0.0, (step - self.sparse_from) / (self.hard_from - self.sparse_from))
+            self.set("tighten", low, last, (step - self.sparse_from) / (self.hard_from - self.sparse_from))
         else:
-            self.set("hard", low, 0.0, 1.0)
+            self.set("hard", low, last, 1.0)
 
-    def set(self, phase, tau, noise=1.0, tight=0.0):
-        """What holds from the next call on: the temperature, the scale of annealed noise (1 to 0), and how far the bar
-        has risen (0 to 1, geometrically); in the phase "hard" only the k largest count."""
+    def set(self, phase, tau, noise=0.0, tight=0.0):
+        """What holds from the next call on: the temperature, the scale of the noise, and how far the bar has risen (0
+        to 1, geometrically); in the phase "hard" only the k largest count."""
         low, high = self.bars
         self.phase = phase
         self.tau.fill_(tau)
-        self.noise.fill_(1.0 if self.constant_noise else noise)
+        self.noise.fill_(noise)
         self.bar.fill_(low * (high / low) ** tight)
         self.hard.fill_(phase == "hard")
         self.k = self.least if phase == "hard" else self.E  # for capacity: a dense gate asks every expert

@@ -87,7 +87,7 @@ class Config:
     expert_hidden: int = flag(0, "hidden width of an expert if not an FFN's; less is a finer mixture", 0, 2**18)
     insist: bool = flag(False, "run a gate that looks at later tokens in a causal model all the same")
 
-    diversify: float = flag(0.0, "share of the run with one expert: 0.1 for EvoMoE", 0, 0.99, heading="The curriculum")
+    diversify: float = flag(0.0, "share of the run with one expert: 0.05 for EvoMoE", 0, 0.99, heading="The curriculum")
     spawn: str = flag("mask", "how experts come from the first: mask, noise, copy, importance", one_of=evomoe.SPAWNS)
     spawn_ratio: float = flag(0.3, "masked weights; relative size of the noise; neurons common to all experts", 0, 1)
     distill: float = flag(0.0, "weight of the distillation from a dense teacher, 1 to 5; 0: none", 0)

@@ -101,7 +101,7 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
     log = [dict(step=1, loss=5.0)]
     log += [
         dict(step=1 + i, loss=5.0 - i, phase=p, tau=t, experts_per_token=k)
-        for i, (p, t, k) in enumerate([("anneal", 2.0, 8.0), ("tighten", 0.3, 4.0), ("hard", 0.3, 1.0)], 1)
+        for i, (p, t, k) in enumerate([("dense", 2.0, 8.0), ("tighten", 0.3, 4.0), ("hard", 0.3, 1.0)], 1)
     ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
     claims.phases(tmp_path, tmp_path / "phases.svg")

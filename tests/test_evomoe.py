@@ -64,8 +64,10 @@ def losses(log):
 
 def test_phases():
     """A run of 100 steps with the spawn after 10: the gate's shares are of the 90 that follow."""
-    cfg = config(diversify=0.1, gate_args="tau_max=2,tau_min=0.4,anneal=0.3333,hard=0.5556", max_steps=100)
-    assert evomoe.phases(cfg) == [("diversify", 0, 1), ("anneal", 10, E), ("tighten", 40, E), ("hard", 60, E)]
+    cfg = config(
+        diversify=0.1, gate_args="tau_max=2,tau_min=0.4,noise=annealed,dense=0.3333,hard=0.5556", max_steps=100
+    )
+    assert evomoe.phases(cfg) == [("diversify", 0, 1), ("dense", 10, E), ("tighten", 40, E), ("hard", 60, E)]
     model = small_gpt(cfg)
     (gate,) = model.gates()
 
@@ -73,7 +75,7 @@ def test_phases():
         evomoe.set_step(model, step, cfg)
         return float(gate.tau), float(gate.noise), float(gate.bar), bool(gate.hard), gate.k, gate.state()["phase"]
 
-    assert at(10) == pytest.approx((2.0, 1.0, 0.001, False, E, "anneal"))
+    assert at(10) == pytest.approx((2.0, 1.0, 0.001, False, E, "dense"))
     assert at(25)[:3] == pytest.approx((1.2, 0.5, 0.001))
     assert at(39)[2] == pytest.approx(0.001) and at(40)[:3] == pytest.approx((0.4, 0.0, 0.001))
     assert at(50)[:3] == pytest.approx((0.4, 0.0, 0.0005**0.5)) and at(50)[5] == "tighten"
@@ -85,7 +87,7 @@ def test_phases():
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(diversify=1.0), dict(gate_args="anneal=0.7,hard=0.6"), dict(gate_args="tau_min=0"),
+    dict(diversify=1.0), dict(gate_args="dense=0.7,hard=0.6"), dict(gate_args="tau_min=0"),
     dict(gate_args="tau_min=3"),
     dict(spawn="clone"), dict(spawn_ratio=1.5), dict(distill=1.0), dict(diversify=0.1, expert_hidden=8),
     dict(init_from="gtp2"), dict(diversify=0.1, spawn="importance", expert_hidden=64, spawn_ratio=0.1),
@@ -113,8 +115,8 @@ def test_the_gradient_does_not_jump_at_the_hard_switch():
             [g.flatten() for g in torch.autograd.grad(loss, [p for m in model.moes() for p in m.parameters()])]
         )
 
-    def jump(anneal):
-        here = dataclasses.replace(cfg, gate_args=f"anneal={anneal},hard=0.4")
+    def jump(dense):
+        here = dataclasses.replace(cfg, gate_args=f"tau_max=2,tau_min=0.3,noise=annealed,init=1,dense={dense},hard=0.4")
         soft, hard = gradient(239, here), gradient(240, here)
         return float((soft - hard).norm() / hard.norm()), float(torch.cosine_similarity(soft, hard, 0))
 
@@ -217,7 +219,7 @@ def test_other_spawns(how):
 
 
 def test_before_the_spawn_it_is_the_dense_run(corpus, tmp_path):
-    evo = train_on(corpus, tmp_path / "evo", diversify=0.5, gate_args="anneal=0.4,hard=0.6")
+    evo = train_on(corpus, tmp_path / "evo", diversify=0.5, gate_args="dense=0.4,hard=0.6")
     dense = train_on(corpus, tmp_path / "dense", n_experts=1)
     assert losses(evo)[:4] == losses(dense)[:4] and losses(evo)[4:] != losses(dense)[4:]
     k = [entry.get("experts_per_token", 1) for entry in evo if "loss" in entry]
@@ -231,9 +233,9 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("flags", [
-    dict(diversify=0.25, gate_args="anneal=0.333,hard=0.667"),
+    dict(diversify=0.25, gate_args="dense=0.333,hard=0.667"),
     dict(gate="switch", diversify=0.25, capacity_factor=1.0),
-    dict(diversify=0.25, gate_args="anneal=0.333,hard=0.667", spawn="importance", expert_hidden=16, bias=True,
+    dict(diversify=0.25, gate_args="dense=0.333,hard=0.667", spawn="importance", expert_hidden=16, bias=True,
          dropout=0.1),
 ])  # fmt: skip
 def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, flags):
@@ -308,7 +310,7 @@ def test_flops_per_token_are_the_non_zeros(tau, reads):
     """Against a counter of every matrix product that really ran, in float64, where experts run one by one."""
     model = GPT(config(gate_args=f"reads={reads}"), V).double()
     model.gates()[0].weight.data.normal_()
-    model.gates()[0].set("anneal", tau, 0.0)
+    model.gates()[0].set("dense", tau, 0.0)
     seen = []
     model.gates()[0].register_forward_hook(lambda module, args, routing: seen.append(routing.G))
     x = torch.randint(V, (4, 16))

@@ -120,8 +120,8 @@ def test_make_gate_explains_what_is_wrong():
         ("deepseekv3", "gamma=-0.1", "deepseekv3's gamma=-0.1 must be at least 0"),
         ("deepseekv3", "route_scale=0", "deepseekv3's route_scale=0.0 must be above 0"),
         ("gumbelmatching", "clip=-1", "gumbelmatching's clip=-1.0 must be at least 0"),
-        ("dts", "tau_min=3", "dts's tau_min=3.0 must be above 0 and at most tau_max=2.0"),
-        ("dts", "hard=0.1", "dts's hard=0.1 must be at least anneal="),
+        ("dts", "tau_min=3", "dts's tau_min=3.0 must be above 0 and at most tau_max=1.0"),
+        ("dts", "hard=0.01", "dts's hard=0.01 must be at least dense="),
         ("dts", "reads=words", "dts's reads=words must be content or id"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
@@ -641,7 +641,7 @@ def dts(n=E, tau=1.0, s=1.0, tight=0.0, hard=False, **knobs):
     """A DTS gate whose logits are its input, with noise of scale s."""
     g = DTS(n, n, **knobs)
     g.weight = nn.Parameter(torch.eye(n))
-    g.set("hard" if hard else "anneal", tau, s, tight)
+    g.set("hard" if hard else "dense", tau, s, tight)
     return g
 
 

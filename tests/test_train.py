@@ -183,8 +183,8 @@ def resume_equals(corpora, tmp_path, objective, *more):
 @pytest.mark.parametrize("more", [
     ["--grad_accum=2"], ["--capacity_factor=0.7", "--groups=2"], ["--n_experts=1"], ["--dtype=bfloat16", "--bias"],
     ["--bias"],
-    ["--gate=dts", "--diversify=0.34", "--gate_args=anneal=0.25,hard=0.5"],
-    ["--gate=dts", "--diversify=0.67", "--gate_args=anneal=0.5,hard=0.75"],
+    ["--gate=dts", "--diversify=0.34", "--gate_args=dense=0.25,hard=0.5"],
+    ["--gate=dts", "--diversify=0.67", "--gate_args=dense=0.5,hard=0.75"],
     ["--schedule=inverse_sqrt", "--grad_clip=0", "--moe_every=1"],
 ], ids=" ".join)  # fmt: skip
 def test_resume_is_bit_for_bit(more, corpora, tmp_path):
@@ -220,7 +220,7 @@ def test_a_spoiled_log_does_not_stop_a_resume(trained, tmp_path):
     ("gpt", 2, ["--gate=switch"]), ("gpt", 4, ["--gate=gshard", "--ep=2"]), 
     ("roberta", 2, ["--gate=topk", "--grad_accum=2"]),
     ("translation", 2, ["--gate=noisytopk"]),
-    ("gpt", 4, ["--gate=dts", "--diversify=0.34", "--gate_args=anneal=0.25,hard=0.5"]),
+    ("gpt", 4, ["--gate=dts", "--diversify=0.34", "--gate_args=dense=0.25,hard=0.5"]),
     ("gpt", 4, ["--n_experts=1"]), ("gpt", 4, ["--ranks_per_node=2", "--two_level"]),
     ("gpt", 2, ["--ranks_per_node=1", "--groups=2"]),
     ("gpt", 2, ["--gate=topk", "--permute=0.67"]),
@@ -259,7 +259,7 @@ def test_resume_on_another_number_of_processes(corpora, tmp_path):
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_spawn_on_more_processes_than_the_run_began_with(world, corpora, tmp_path, monkeypatch):
     """One process trains the one expert, `world` go on: they spawn (at step 3) and finish as one process would have."""
-    evo = ["--gate=dts", "--n_experts=4", "--diversify=0.5", "--gate_args=anneal=0.4,hard=0.8", "--save_every=1"]
+    evo = ["--gate=dts", "--n_experts=4", "--diversify=0.5", "--gate_args=dense=0.4,hard=0.8", "--save_every=1"]
     real = LanguageModelling.train_batch
     train.main(flags(corpora, tmp_path / "one", *evo))
     stop = lambda self, step, nodes: 1 / 0 if step == 2 else real(self, step, nodes)
