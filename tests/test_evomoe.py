@@ -268,7 +268,13 @@ def test_upcycling_a_dense_run(corpus, tmp_path, capsys):
         corpus, tmp_path / "none", init_from=tmp_path / "dense", n_experts=1, learning_rate=1e-9, weight_decay=0
     )
     grown = train_on(
-        corpus, tmp_path / "moe", init_from=tmp_path / "dense", spawn="copy", learning_rate=1e-9, weight_decay=0
+        corpus,
+        tmp_path / "moe",
+        init_from=tmp_path / "dense",
+        gate_args="dense=0.5,hard=0.8",
+        spawn="copy",
+        learning_rate=1e-9,
+        weight_decay=0,
     )
     assert losses(grown)[0] == pytest.approx(losses(held)[0], abs=1e-5)
     with pytest.raises(ValueError, match="holds a mixture"):

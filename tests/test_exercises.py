@@ -184,8 +184,8 @@ def updates_after_a_spawn(ratio, router_std):
 
 @pytest.mark.parametrize("ratio, router_std, part", [(0.0, 0.0, False), (0.3, 0.0, True), (0.0, 1.0, True)])
 def test_6_what_makes_experts_part(ratio, router_std, part):
-    """Copies with equal weights get equal gradients, and a choice between equal outputs teaches the router nothing: they
-    never part. Masks make the gradients differ; so do unequal weights in G."""
+    """Copies with equal weights get equal gradients, and a choice between equal outputs teaches the router nothing:
+    they never part. Masks make the gradients differ; so do unequal weights in G."""
     moved = updates_after_a_spawn(ratio, router_std)
     spread = (moved - moved.mean(0)).abs().max() / moved.abs().max()
     assert moved.abs().max() > 0.01
@@ -263,9 +263,9 @@ def gradient_left_behind(p):
     "freeze, least, most", [(zero_gradient, 9, 11), (no_gradient, 0, 0), (gradient_left_behind, 299, 301)]
 )
 def test_9_a_frozen_parameter_moves(freeze, least, most):
-    """In learning rates: a zero gradient lets the momentum carry a parameter on by ten (0.9 / sqrt(0.98) to the power of
-    1, 2, 3, ... adds up to 10.0); without a gradient Adam skips it. requires_grad=False alone is not enough: a gradient
-    that is still there is used again, once a step."""
+    """In learning rates: a zero gradient lets the momentum carry a parameter on by ten (0.9 / sqrt(0.98) to the power
+    of 1, 2, 3, ... adds up to 10.0); without a gradient Adam skips it. requires_grad=False alone is not enough: a
+    gradient that is still there is used again, once a step."""
     p, lr = nn.Parameter(torch.zeros(1, dtype=torch.float64)), 0.01
     optimizer = torch.optim.AdamW([p], lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(500):
