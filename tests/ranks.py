@@ -1,13 +1,17 @@
 """run_ranks: a function on W forked processes with a gloo group, in a fraction of a second a launch."""
 
+import sys
 import tempfile
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch._dynamo  # noqa: F401  AdamW imports it, 3 s: once here instead of once in every child
 import torch.distributed as td
 import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for bench.py, which pytest does not start
 
 
 def _child(rank, world, folder, timeout, fn, args):
