@@ -1,7 +1,7 @@
 """
 EvoMoE's curriculum: train one expert, spawn many from it, then let the gate learn how many each token needs.
 
-    python train.py --gate=dts --diversify=0.05
+    python train.py --gate=dts                         the default; --diversify=SHARE is the first phase's length
 
     phase       experts  what happens (Nie et al. 2021, arXiv:2112.14397)
     diversify   1        each MoE layer is one FFN: exactly the dense model
@@ -55,7 +55,7 @@ SPAWNS = ("mask", "noise", "copy", "importance")  # see offspring
 
 def spawn_step(cfg):
     """The step at whose beginning one expert becomes n_experts (if that has not happened yet)."""
-    return round(cfg.diversify * cfg.max_steps)
+    return round(max(0.0, cfg.diversify) * cfg.max_steps)
 
 
 def mixture_steps(cfg):
@@ -95,7 +95,7 @@ def check(cfg):
         split(torch.zeros(width), cfg.n_experts, cfg.expert_hidden or width, cfg.spawn_ratio)
     elif cfg.expert_hidden not in (0, width) and starts_dense(cfg) and cfg.n_experts > 1:
         raise ValueError(f"--expert_hidden={cfg.expert_hidden}: experts of another width than the FFN they come from "
-                         f"({width}) need --spawn=importance")  # fmt: skip
+                         f"({width}) need --spawn=importance, or --diversify=0")  # fmt: skip
     if cfg.distill and not starts_trained(cfg) and not cfg.teacher:
         raise ValueError(f"--distill={cfg.distill} needs a teacher: --init_from=OUT_DIR of a dense run, or "
                          "--teacher=OUT_DIR")  # fmt: skip

@@ -70,6 +70,7 @@ class Gate(nn.Module):
                   evaluation (expert choice). train.py says so or refuses
     drop_order    who keeps a slot when an expert is full: "arrival", "choice" (all first choices before any second),
                   "score" or "random"; experts.drop_priority explains
+    diversify     share of the run that it wants to begin with one expert per layer, see evomoe.py
     k             experts per token on which capacity is based: C = ceil(factor * k * N / E)
     loss_weights  {aux name: weight in the loss}; an entry of aux without a weight is only logged
     place         where the rows stand in the global batch, see Place; on one process there is nothing to know
@@ -81,6 +82,7 @@ class Gate(nn.Module):
 
     looks_ahead = "never"
     drop_order = "arrival"
+    diversify = 0.0
 
     def __init__(self, D, E, k=1):
         super().__init__()
@@ -550,6 +552,8 @@ class DTS(Gate):
 
     Reads: content, or the token id. Balanced by: `balance_loss` of y and m. Looks ahead: never.
     """
+
+    diversify = 0.05
 
     def __init__(self, D, E, k=1, tau_max=1.0, tau_min=1.0, dense=0.02, hard=0.06, threshold=0.001, tighten=0.5,
                  combine="gumbel", noise="none", balance=0.01, reads="content", init=0.1, V=0, steps=0):  # fmt: skip

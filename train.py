@@ -2,7 +2,7 @@
 Train a mixture-of-experts Transformer: the manual.
 
     python train.py                                     GPT on Python's own documentation and source, no download
-    python train.py --gate=hash --out_dir=out-hash      another gate: every class of router.py, by its name
+    python train.py --gate=switch --out_dir=out-switch  another gate: every class of router.py, by its name
     python train.py --n_experts=1 --out_dir=out-dense   the dense model of the same active size
     python train.py --objective=roberta --out_dir=out-roberta               masked language modelling
     python train.py --objective=classify --init_from=out-roberta            fine-tune it: which package is it from?
@@ -77,7 +77,7 @@ class Config:
 
     n_experts: int = flag(8, "experts per MoE layer; 1 is the dense model", 1, 2**14, heading="The mixture")
     moe_every: int = flag(2, "every how many layers the FFN is a mixture; 1: all", 1)
-    gate: str = flag("switch", "a class of router.py in lower case")
+    gate: str = flag("dts", "a class of router.py in lower case")
     k: int = flag(0, "experts per token, for gates that take it; 0: the gate's own default", 0)
     gate_args: str = flag("", 'the gate\'s own knobs, like "balance=0.02,jitter=0"; its class in router.py says which')
     permute: float = flag(0.0, "share of the run that learns a permutation of the experts (COMET+); 0: none", 0, 0.99)
@@ -87,7 +87,7 @@ class Config:
     expert_hidden: int = flag(0, "hidden width of an expert if not an FFN's; less is a finer mixture", 0, 2**18)
     insist: bool = flag(False, "run a gate that looks at later tokens in a causal model all the same")
 
-    diversify: float = flag(0.0, "share of the run with one expert: 0.05 for EvoMoE", 0, 0.99, heading="The curriculum")
+    diversify: float = flag(-1.0, "share of the run with one expert; -1: the gate's own", -1, 0.99, heading="EvoMoE")
     spawn: str = flag("mask", "how experts come from the first: mask, noise, copy, importance", one_of=evomoe.SPAWNS)
     spawn_ratio: float = flag(0.3, "masked weights; relative size of the noise; neurons common to all experts", 0, 1)
     distill: float = flag(0.0, "weight of the distillation from a dense teacher, 1 to 5; 0: none", 0)
@@ -722,6 +722,8 @@ def configure(given, base=None):
         if least is not None and value < least or most is not None and value > most:
             allowed = f"at least {least}" if most is None else f"from {least} to {most}"
             raise ValueError(f"--{name}={value} must be {allowed}")
+    if cfg.diversify < 0:
+        cfg.diversify = 0.0 if evomoe.starts_trained(cfg) else gates()[cfg.gate].diversify
     if not cfg.out_dir:
         raise ValueError("--out_dir= is empty: name a folder")
     return cfg

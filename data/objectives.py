@@ -106,7 +106,7 @@ class LanguageModelling(Text):
 class MaskFilling(Text):
     """RoBERTa: predict masked tokens from both sides."""
 
-    defaults = dict(dataset="stdlib", n_layer=2, block_size=64, batch_size=64, max_steps=1000)
+    defaults = dict(dataset="stdlib", gate="switch", n_layer=2, block_size=64, batch_size=64, max_steps=1000)
 
     def __init__(self, corpus, cfg):
         super().__init__(corpus, cfg)
@@ -130,8 +130,8 @@ class Classification(MaskFilling):
     stands in the paper, on data that every Python has."""
 
     continues = "roberta"
-    defaults = dict(dataset="stdlib/packages", n_layer=2, block_size=64, batch_size=64, learning_rate=2e-3, warmup=50,
-                    dropout=0.1, max_steps=300, out_dir="out-classify")  # fmt: skip
+    defaults = dict(dataset="stdlib/packages", gate="switch", n_layer=2, block_size=64, batch_size=64, dropout=0.1,
+                    learning_rate=2e-3, warmup=50, max_steps=300, out_dir="out-classify")  # fmt: skip
 
     def __init__(self, corpus, cfg):
         super().__init__(corpus, cfg)
@@ -166,8 +166,8 @@ class Translation(Text):
     """Encoder-decoder translation of sentence pairs."""
 
     kind, causal = "translation", True
-    defaults = dict(dataset="grammar", block_size=64, batch_size=64, learning_rate=2e-3, label_smoothing=0.1, n_layer=2,
-                    max_steps=1200)  # fmt: skip
+    defaults = dict(dataset="grammar", gate="switch", n_layer=2, block_size=64, batch_size=64, learning_rate=2e-3,
+                    label_smoothing=0.1, max_steps=1200)  # fmt: skip
 
     def __init__(self, corpus, cfg):
         self.corpus, self.cfg, self.n_domains = corpus, cfg, 2  # the source's language and the target's

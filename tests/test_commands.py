@@ -279,7 +279,7 @@ def test_a_checkpoint_from_another_config_names_the_fields(trained, tmp_path):
     with pytest.raises(ValueError) as error:
         train.main([f"--out_dir={trained}", "--init_from=resume", "--n_embd=32", "--gate=hash", "--n_layer=2"])
     message = str(error.value)
-    assert "n_embd=32 (there: 16)" in message and "gate='hash' (there: 'switch')" in message
+    assert "n_embd=32 (there: 16)" in message and "gate='hash' (there: 'dts')" in message
     assert "n_layer" not in message and snapshot(trained) == before
 
 
