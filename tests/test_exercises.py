@@ -51,7 +51,8 @@ class TenLines(Gate):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_1_top_k_in_ten_lines(k):
-    """TenLines fills G as TopK does, k weights a row, and the layer computes what the equation says."""
+    """TenLines fills G as TopK does, k weights a row, and the layer computes what the equation says. For k = 1 the
+    weight stays p: divided by itself it would be a constant (exercise 3)."""
     layer, (x, ids) = new_layer(TenLines(D=8, E=4, k=k)), new_tokens(32, 8)
     G = layer.gate(x, ids).G
     assert ((G != 0).sum(1) == k).all()
@@ -165,7 +166,7 @@ def test_5_who_looks_at_later_tokens(gate, training, looks):
 
 
 def updates_after_a_spawn(ratio, router_std):
-    """(4, H, D): how far w1 of each of four experts spawned from one has moved after 20 steps of SGD."""
+    """How far w1 of each of four experts spawned from one has moved after 20 steps of SGD (4, H, D), and the router."""
     torch.manual_seed(0)
     first, experts, gate = Experts(1, 8, 16).double(), Experts(4, 8, 16).double(), Soft(D=8, E=4).double()
     first.init(0, layer=0, std1=0.5, std2=0.5)
@@ -174,22 +175,24 @@ def updates_after_a_spawn(ratio, router_std):
         p.data = torch.stack([child[name].value for child in children]).detach()
     nn.init.normal_(gate.weight, std=router_std)
     layer, (x, ids) = MoE(gate, experts), new_tokens(32, 8)
-    optimizer, before = torch.optim.SGD(layer.parameters(), lr=0.1), experts.w1.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    w1, router = experts.w1.detach().clone(), gate.weight.detach().clone()
     for _ in range(20):
         optimizer.zero_grad()
         (layer(x, ids)[0] - x).square().mean().backward()
         optimizer.step()
-    return experts.w1.detach() - before
+    return experts.w1.detach() - w1, gate.weight.detach() - router
 
 
 @pytest.mark.parametrize("ratio, router_std, part", [(0.0, 0.0, False), (0.3, 0.0, True), (0.0, 1.0, True)])
 def test_6_what_makes_experts_part(ratio, router_std, part):
     """Copies with equal weights get equal gradients, and a choice between equal outputs teaches the router nothing:
     they never part. Masks make the gradients differ; so do unequal weights in G."""
-    moved = updates_after_a_spawn(ratio, router_std)
+    moved, router = updates_after_a_spawn(ratio, router_std)
     spread = (moved - moved.mean(0)).abs().max() / moved.abs().max()
     assert moved.abs().max() > 0.01
     assert spread > 0.1 if part else spread < 1e-9
+    assert router.abs().max() > 1e-3 if part else router.abs().max() < 1e-9
 
 
 # -- 7: rows that cross nodes ----------------------------------------------------------------------------------------
@@ -263,9 +266,9 @@ def gradient_left_behind(p):
     "freeze, least, most", [(zero_gradient, 9, 11), (no_gradient, 0, 0), (gradient_left_behind, 299, 301)]
 )
 def test_9_a_frozen_parameter_moves(freeze, least, most):
-    """In learning rates: a zero gradient lets the momentum carry a parameter on by ten (0.9 / sqrt(0.98) to the power
-    of 1, 2, 3, ... adds up to 10.0); without a gradient Adam skips it. requires_grad=False alone is not enough: a
-    gradient that is still there is used again, once a step."""
+    """In learning rates: a zero gradient lets the momentum carry a parameter on by ten (the powers 1, 2, 3, ... of
+    0.9 / sqrt(0.98) add up to 10.0); without a gradient Adam skips it. requires_grad=False alone is not enough: a
+    gradient that is still there is used again at every step."""
     p, lr = nn.Parameter(torch.zeros(1, dtype=torch.float64)), 0.01
     optimizer = torch.optim.AdamW([p], lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(500):
