@@ -175,7 +175,8 @@ CLAIMS = {
     "parts": Claim(
         "both phases of EvoMoE matter: one expert first, and dense to sparse",
         {"switch": "--gate=switch", "switch after the spawn": "--gate=switch --diversify=0.05",
-         "dts from the start": "--gate=dts --diversify=0", "evomoe": METHODS["evomoe"]}, ("evomoe", "dts from the start")),
+         "dts from the start": "--gate=dts --diversify=0", "evomoe": METHODS["evomoe"]},
+        ("evomoe", "dts from the start")),
     "crossover": Claim(
         "starting from a trained dense model pays until about 100 to 120 % of its budget (sparse upcycling)",
         budgets(), ("copies 100 %", "switch 100 %"), quick="--max_steps=10"),

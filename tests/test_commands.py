@@ -505,6 +505,7 @@ def test_documented_command(command, trained, corpora, tmp_path):
             f"--batch_size={4 * max(1, world)}",
         ]
         argv += ["--compile=false"] if given.get("compile") else []
+        argv += ["--expert_hidden=16"] if "expert_hidden" in given else []
         for folder in (given.get("init_from", "scratch"), given.get("teacher", "")):
             if folder not in ("scratch", "") and not folder.startswith("gpt2"):  # the folder of a dense run
                 trained_for = "roberta" if objective == "classify" else objective
