@@ -14,7 +14,8 @@ Train a mixture-of-experts Transformer: the manual.
 
 Flags are the fields of Config below, always --name=value (a bare --flag means true); --help lists them.
 
-Read from the top: Config; the loss; one training step; evaluation; the loop; the objectives; how a run is set up.
+Read from the top: Config; the loss; one training step; evaluation; the loop; how a run is set up. What differs between
+objectives is in data/objectives.py.
 
     loss = task loss + sum of weights * auxiliary losses          the task loss is always reported alone
 
