@@ -1,0 +1,597 @@
+"""
+Injected faults: what a run does when it is killed, stopped, moved, given damaged files, wrong flags or bad numbers.
+
+    python tests/faults.py                  all parts; prints "N of N" for each
+    python tests/faults.py kills flags      some of them
+    python tests/faults.py --quick          a few cases of each, under a minute
+
+What has to hold: a run that goes on equals the uninterrupted one bit for bit (weights, moments, log); what is refused ends
+with status 1 and one line on stderr that names the value, and nothing is written; no bad checkpoint is ever written.
+
+A case is a name and a function of a folder of its own, which raises if something is not so. `python train.py FLAGS` is a
+fork of this process, which has imported torch already: its own signals, streams and exit status in a fraction of the time.
+"""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._dynamo  # noqa: F401  AdamW imports it, 3 s: once here instead of once in every child
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import dist
+from data.bpe import Tokenizer
+from data.files import write_pairs, write_text
+
+TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=12 --warmup=2 --eval_every=5 "
+        "--eval_batches=2 --log_every=1 --save_every=3 --sample_tokens=5 --bleu_sentences=2 --beams=2 "
+        "--device=cpu --timeout=8").split()  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora and runs
+
+
+def write_corpora(folder):
+    """folder/text with two domains, folder/pairs with sentence pairs, in bytes."""
+    tok, rng = Tokenizer("bytes", [bytes([i]) for i in range(256)]), np.random.default_rng(0)
+    words = "the cat sat on a mat and saw two dogs run far away from him".split()
+    texts = lambda n: [" ".join(rng.choice(words, 12)) for _ in range(n)]
+    pairs = lambda n: [(t[:13], t[::-1][:11]) for t in texts(n)]
+    domains = lambda n: {"prose": texts(n), "code": [t.upper() for t in texts(n)]}
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        write_text(str(folder / "text"), tok, {"train": domains(40), "val": domains(8)}, "a test")
+        splits = {"train": pairs(80), "val": pairs(12), "test": pairs(9)}
+        write_pairs(str(folder / "pairs"), tok, ("en", "ne"), splits, "a test")
+
+
+CORPORA = Path(tempfile.mkdtemp(prefix="faults-"))
+
+
+def flags(out, *more, objective="gpt"):
+    kind = "pairs" if objective == "translation" else "text"
+    return [*TINY, f"--objective={objective}", f"--dataset={CORPORA / kind}", f"--out_dir={out}", *more]
+
+
+def as_script(argv, cwd, said, env, before):
+    """In a child: what `python train.py ARGV` does, from __main__ on. before(): a fault to put in."""
+    os.chdir(cwd)
+    os.environ.update(env)
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        setattr(sys, name, open(fd, "w", buffering=1, closefd=False))
+    sys.argv = ["train.py", *map(str, argv)]
+    status = 1
+    try:
+        before()
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+class Command:
+    """`python train.py ARGV` in `folder`, or `world` of them as torchrun would start them."""
+
+    def __init__(self, argv, folder, world=1, before=lambda: None, env={}, ranks=None):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        self.said = Path(tempfile.mkdtemp(dir=CORPORA))
+        self.processes = []
+        for rank in range(world) if ranks is None else ranks:
+            names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost",
+                         MASTER_PORT=port)  # fmt: skip
+            names = {key: str(value) for key, value in names.items()} if world > 1 or ranks else {}
+            args = argv, folder, self.said / str(rank), names | env, before
+            self.processes.append(mp.get_context("fork").Process(target=as_script, args=args))
+            self.processes[-1].start()
+
+    def text(self, name):
+        return "".join(path.read_text(errors="replace") for path in sorted(self.said.glob(f"*.{name}")))
+
+    def until(self, words, timeout=30):
+        """Wait until stdout shows the words, or the run is over."""
+        end = time.time() + timeout
+        while words not in self.text("stdout") and self.processes[0].is_alive():
+            assert time.time() < end, f"no {words!r} after {timeout} s"
+            time.sleep(0.01)
+
+    def wait(self, timeout=60):
+        """-> exit statuses, stdout, stderr of all ranks together."""
+        end = time.time() + timeout
+        for process in self.processes:
+            process.join(max(0.1, end - time.time()))
+        hung = [process.pid for process in self.processes if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not hung, f"still running after {timeout} s: {self.text('stdout')[-300:]} {self.text('stderr')[-300:]}"
+        return [process.exitcode for process in self.processes], self.text("stdout"), self.text("stderr")
+
+
+def finished(argv, folder, **more):
+    """Run to a good end -> stdout."""
+    status, out, err = Command(argv, folder, **more).wait()
+    assert not any(status) and not err, f"status {status}, stderr {err[-500:]!r}"
+    return out
+
+
+def refused(argv, folder, *words, **more):
+    """The run ends with status 1 on every rank and one line on stderr that has the words; no file has changed."""
+    before = contents(folder)
+    status, out, err = Command(argv, folder, **more).wait()
+    assert set(status) == {1} and err.startswith("train.py: "), f"status {status}, stderr {err[-500:]!r}"
+    assert err.count("\n") == 1, f"{err.count(chr(10))} lines: {err[-500:]!r}"
+    assert all(word in err for word in words), f"{words} are not all in {err!r}"
+    assert "[Errno" not in err, f"a bare errno: {err!r}"
+    assert contents(folder) == before, f"written: {set(contents(folder).items()) ^ set(before.items())}"
+
+
+def contents(folder):
+    return {str(path): path.read_bytes() if path.is_file() else "" for path in sorted(folder.rglob("*"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What two runs have in common
+
+
+def newest(out):
+    return dist.find(out, warn=lambda text: None)[1]
+
+
+def log(out):
+    """The log's lines without what depends on the clock."""
+    clock = ("seconds", "cpu_seconds", "tokens_per_s")
+    with open(out / "log.jsonl") as f:
+        return [{key: v for key, v in json.loads(line).items() if key not in clock} for line in f]
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same(one, two):
+    """Bit for bit: weights, moments, step, log."""
+    a, b = newest(one), newest(two)
+    assert all(same(a[part], b[part]) for part in ("model", "optimizer", "step")), "weights or moments differ"
+    assert log(one) == log(two), "the log differs"
+
+
+def assert_close(one, two):
+    """As far as sums in another order agree, and the same lines in the log."""
+    a, b = newest(one), newest(two)
+    assert a["step"] == b["step"] and [e["step"] for e in log(one)] == [e["step"] for e in log(two)], "steps differ"
+    for name, t in a["model"].items():
+        assert (t.double() - b["model"][name].double()).abs().max() < 1e-3, f"{name} differs"
+
+
+KINDS = {  # of runs: how many processes, flags
+    "gpt": (1, ["--gate=switch"]),
+    "roberta, 2 processes": (2, ["--gate=topk", "--objective=roberta"]),
+    "translation": (1, ["--gate=noisytopk", "--objective=translation", f"--dataset={CORPORA}/pairs"]),
+    "EvoMoE, 2 processes": (2, ["--gate=dts", "--diversify=0.4", "--gate_args=anneal=0.3,hard=0.7"]),
+    "dropout, capacity": (1, ["--gate=gshard", "--dropout=0.1", "--capacity_factor=0.7"]),
+    "classify": (1, ["--objective=classify"]),
+    "StableMoE": (1, ["--gate=stablemoe"]),
+    "COMET with permutation": (1, ["--gate=comet", "--permute=0.5"]),
+}
+
+
+def uninterrupted(kind):
+    """(out_dir of the whole run, its seconds), made at the first call."""
+    folder = CORPORA / f"whole-{kind}".replace(" ", "-")
+    if not (folder / "seconds").exists():
+        folder.mkdir()
+        world, more = KINDS[kind]
+        began = time.time()
+        finished(flags("out", *more), folder, world=world)
+        (folder / "seconds").write_text(str(time.time() - began))
+    return folder / "out", float((folder / "seconds").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills, signals, restarts, other numbers of processes
+
+
+def go_on(kind, folder):
+    """Again, from the newest checkpoint or, if there is none yet, from the start: as a user would."""
+    world, more = KINDS[kind]
+    found = dist.latest(folder / "out")
+    return Command(["--out_dir=out", "--init_from=resume", "--timeout=8"] if found else flags("out", *more), folder, world)
+
+
+def kills(n):
+    """SIGKILL to one process, at a random moment between start and end; then again while it goes on; then to the end."""
+    for i in range(n):
+        kind = list(KINDS)[i % len(KINDS)]
+
+        def case(folder, kind=kind, rng=random.Random(i)):
+            whole, seconds = uninterrupted(kind)
+            for _ in range(3):
+                command = go_on(kind, folder)
+                time.sleep(rng.uniform(0, seconds))
+                os.kill(rng.choice(command.processes).pid, signal.SIGKILL)
+                status, out, err = command.wait()
+                assert "Traceback" not in err, err
+            status, out, err = go_on(kind, folder).wait()
+            assert not any(status) and not err, f"status {status}, stderr {err[-500:]!r}"
+            assert_same(whole, folder / "out")
+
+        yield f"{kind}, killed three times", case
+
+
+def signals(n):
+    """Ctrl-C and the like, once, twice at once, different ones: the step is finished, saved, and the run goes on."""
+    INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    sent = [[INT], [TERM], [HUP], [INT, INT], [TERM, TERM], [HUP, HUP], [INT, TERM], [HUP, INT, TERM]]
+    for i in range(n):
+        kind, numbers = list(KINDS)[i * 3 % len(KINDS)], sent[i % len(sent)]
+
+        def case(folder, kind=kind, numbers=numbers, rng=random.Random(i)):
+            whole, _ = uninterrupted(kind)
+            command = go_on(kind, folder)
+            command.until(f"step {rng.randrange(1, 9):5d}/")
+            for number in numbers:
+                os.kill(rng.choice(command.processes).pid, number)
+            status, out, err = command.wait()
+            assert not any(status) and not err, f"status {status}, stderr {err[-500:]!r}"
+            step = newest(folder / "out")["step"]
+            assert f"stopped after step {step};" in out or step == 12, out[-300:]
+            status, out, err = go_on(kind, folder).wait()
+            assert not any(status) and not err, f"status {status}, stderr {err[-500:]!r}"
+            assert_same(whole, folder / "out")
+
+        yield f"{kind}, {' '.join(number.name for number in numbers)}", case
+
+
+def agent(argv, folder, said):
+    """In a child: `torchrun --standalone --nproc_per_node=2 --max_restarts=5 train.py ARGV`, with forked workers."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with open(f"{said}/agent", "w") as f:
+        os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+    config = LaunchConfig(1, 1, 2, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                          max_restarts=5, start_method="fork", monitor_interval=0.05)  # fmt: skip
+    elastic_launch(config, worker)(argv, folder, said)
+
+
+def worker(argv, folder, said):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # those of the agent came with the fork
+    Path(f"{said}/pid{os.environ['RANK']}").write_text(str(os.getpid()))
+    torch.set_num_threads(1)
+    as_script(argv, folder, f"{said}/{os.environ['TORCHELASTIC_RESTART_COUNT']}-{os.environ['RANK']}", {}, int)
+
+
+def restarts(n):
+    """A worker of torchrun is killed, twice: torchrun starts all again, and they go on from the newest checkpoint."""
+    for i in range(n):
+        kind = ["EvoMoE, 2 processes", "roberta, 2 processes"][i % 2]
+
+        def case(folder, kind=kind, rng=random.Random(i)):
+            whole, seconds = uninterrupted(kind)
+            said = Path(tempfile.mkdtemp(dir=CORPORA))
+            process = mp.get_context("fork").Process(target=agent, args=(flags("out", *KINDS[kind][1]), folder, said))
+            process.start()
+            for start in range(2):
+                path, end = said / f"pid{rng.randrange(2)}", time.time() + 30
+                while not list(said.glob(f"{start}-*.stdout")) and time.time() < end:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(0.1, seconds))
+                with contextlib.suppress(ProcessLookupError):  # it was quicker
+                    os.kill(int(path.read_text()), signal.SIGKILL)
+            process.join(60)
+            process.kill()
+            assert process.exitcode == 0, (said / "agent").read_text()[-1000:]
+            assert_same(whole, folder / "out")
+
+        yield f"{kind}, a worker killed twice", case
+
+
+def resharding(n):
+    """A run begun on some processes and finished on others is the uninterrupted one, but for the order of sums."""
+    pairs = [(2, 1), (1, 2), (4, 2), (2, 4), (1, 4), (4, 1), (4, 4), (2, 2), (1, 1)]
+    for i in range(n):
+        (a, b), more = pairs[i % 9], [["--gate=topk"], ["--gate=gshard", "--ep=1"], ["--n_experts=1"]][i // 9 % 3]
+
+        def case(folder, a=a, b=b, more=more):
+            argv = flags("out", "--n_experts=12", *more)
+            finished(argv, folder, world=a)
+            shutil.copytree(folder / "out", folder / "moved")
+            (folder / "moved/ckpt_000012.pt").unlink()
+            out = finished(["--out_dir=moved", "--init_from=resume"], folder, world=b)
+            assert "loaded moved/ckpt_000009.pt" in out and f"{b} process(es)" in out, out[:300]
+            (assert_same if a == b else assert_close)(folder / "out", folder / "moved")
+
+        yield f"{a} -> {b} processes, {' '.join(more)}", case
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged checkpoints
+
+
+def rewrite(change):
+    """Damage to a file's bytes."""
+    return lambda path: path.write_bytes(change(bytearray(path.read_bytes())))
+
+
+def edit(change):
+    """Another content in an intact file: change(state) edits it, or returns what to save instead."""
+
+    def damage(path):
+        state = torch.load(path)
+        torch.save(change(state) or state, path)
+
+    return damage
+
+
+def flipped(data):
+    data[len(data) // 2] ^= 4
+    return data
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+def put(part, key, value):
+    """edit: state[part][key] = value (or = value(old))."""
+    return edit(lambda state: state[part].update({key: value(state[part][key]) if callable(value) else value}))
+
+
+WTE = "wte.weight"
+nan_first = lambda t: t.index_fill(0, torch.tensor([0]), float("nan"))  # noqa: E731
+DAMAGE = {
+    "truncated": rewrite(lambda data: data[:-500]),
+    "one bit flipped": rewrite(flipped),
+    "empty": rewrite(lambda data: b""),
+    "a page of zeros": rewrite(lambda data: data[:4096] + bytes(4096) + data[8192:]),
+    "text": rewrite(lambda data: b"not a checkpoint\n"),
+    "a folder": folder_instead,
+    "a tensor": edit(lambda state: torch.zeros(3)),
+    "another program's file": edit(lambda state: {"epoch": 3, "state_dict": state["model"]}),
+    "lacks a parameter": edit(lambda state: [state["model"].pop(WTE), None][1]),
+    "lacks moments": edit(lambda state: [state["optimizer"].pop(WTE), None][1]),
+    "empty config": edit(lambda state: state["config"].clear()),
+    "config is a list": edit(lambda state: state | {"config": [1]}),
+    "step is text": edit(lambda state: state | {"step": "9"}),
+    "a weight is a number": put("model", WTE, 3),
+    "moments of another shape": put("optimizer", WTE, {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3),
+                                                       "step": torch.tensor(9.0)}),
+}  # fmt: skip
+
+
+def checkpoints(n):
+    """A damaged newest checkpoint is passed over with a warning, and the run goes on from the one before it."""
+    cases = list(DAMAGE.items())
+    for name, damage in cases[:n]:
+
+        def case(folder, name=name, damage=damage):
+            whole, _ = uninterrupted("gpt")
+            shutil.copytree(whole, folder / "out")
+            damage(folder / "out/ckpt_000012.pt")
+            for again in (["--eval_only"], ["--sample=x"], ["--init_from=resume"]):
+                out = finished(["--out_dir=out", *again], folder)
+                assert "warning: out/ckpt_000012.pt" in out and "loaded out/ckpt_000009.pt" in out, out[:300]
+            assert_same(whole, folder / "out")
+
+        yield f"{name}: the one before is used", case
+
+        def case(folder, name=name, damage=damage, world=1 + (len(name) % 3 == 0)):
+            shutil.copytree(uninterrupted("gpt")[0], folder / "out")
+            for path in dist.checkpoints(folder / "out"):
+                damage(path)
+            refused(["--out_dir=out", "--init_from=resume"], folder, "none of the 2 checkpoints in out", world=world)
+
+        yield f"{name}, both of them: refused", case
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+FLAGS = """
+--leraning_rate=1                         did you mean learning_rate?
+--learning_rate=nan
+--learning_rate=inf
+--learning_rate=1e400                     --learning_rate=inf
+--learning_rate=0
+--learning_rate=fast                      float
+--n_layer=2.5                             int
+--n_layer=0
+--n_layer=-1
+--n_layer=99999999999999999999
+--n_layer                                 --n_layer needs a value
+n_layer=2                                 --name=value
+-n_layer=2                                --name=value
+--bias=maybe                              bool
+--objective=gtp                           did you mean gpt?
+--objective=
+--gate=swich                              did you mean switch?
+--gate=
+--gate_args=jiter=1                       did you mean jitter?
+--gate_args=jitter=high                   float
+--gate_args=jitter=1e400                  finite
+--gate_args=jitter=-1
+--gate_args=jitter                        jitter
+--schedule=linear                         cosine
+--drop_order=score_                       did you mean score?
+--spawn=masks                             did you mean mask?
+--activation=relu                         gelu
+--dtype=float16                           float32
+--device=gpu                              cpu
+--device=cuda:99                          cpu
+--k=9                                     switch
+--gate=topk --k=9                         --n_experts=8
+--n_experts=0
+--n_experts=99999999999
+--moe_every=3                             --n_layer=2
+--n_embd=10 --n_head=4                    not divisible
+--capacity_factor=-1
+--capacity_factor=nan
+--capacity_factor=inf
+--groups=3                                --batch_size=4
+--grad_accum=3                            --batch_size=4
+--batch_size=0
+--batch_size=-4
+--batch_size=99999999999
+--block_size=0
+--dropout=1
+--beta2=1
+--label_smoothing=1
+--weight_decay=-1
+--grad_clip=-1
+--seed=-1
+--seed=0x10                               int
+--warmup=-1
+--max_steps=0
+--temperature=-1
+--temperature=nan
+--top_k=-1
+--timeout=0
+--ep=3                                    ep=3
+--ranks_per_node=3
+--diversify=1
+--spawn_ratio=2
+--distill=1                               needs a teacher
+--shard_by_domain                         several nodes
+--gate=expertchoice                       --insist
+--dataset=nothing                         stdlib
+--dataset=/nowhere                        stdlib
+--dataset=/                               /meta.json
+--init_from=scrath                        did you mean scratch?
+--init_from=/nowhere                      folder of a dense run
+--init_from=.                             no checkpoint
+--init_from=resume                        no checkpoint (ckpt_*.pt) in out
+--eval_only                               no checkpoint (ckpt_*.pt) in out
+--sample=x                                no checkpoint (ckpt_*.pt) in out
+--distill=1 --teacher=/nowhere            dense run
+--distill=1 --teacher=.                   no checkpoint
+--out_dir=
+--out_dir=/dev/null/out                   Not a directory
+--out_dir=/dev/null                       File exists
+--out_dir=/proc/nowhere                   No such file
+""".strip().splitlines()
+
+
+def wrong_flags(n):
+    """A flag that cannot be: its line names the flag and value, or what the right column says."""
+    for i, line in enumerate(FLAGS[:: max(1, len(FLAGS) // n)]):
+        argv, _, words = line.partition("  ")
+
+        def case(folder, argv=argv.split(), words=words.strip(), world=1 + (i % 8 == 3)):
+            refused(flags("out", *argv), folder, words or argv[0], world=world)
+
+        yield argv, case
+
+
+def meta(change):
+    """Another meta.json."""
+
+    def damage(folder):
+        text = json.loads((folder / "meta.json").read_text())
+        change(text)
+        (folder / "meta.json").write_text(json.dumps(text))
+
+    return damage
+
+
+CORPUS = {  # what is done to the folder, words of the message; names with .src or .tgt are of a translation
+    "train.bin": [lambda p: p.unlink(), "is missing"],
+    "val.bin": [rewrite(lambda data: b""), "is empty"],
+    "train.bin ": [rewrite(lambda data: data[:-10]), "bytes where meta.json says"],
+    "train.bin  ": [rewrite(lambda data: data[:14] + b"\xff\xff" + data[16:]), "token id 65,535"],
+    "val.bin ": [folder_instead, "bytes where meta.json says"],
+    "meta.json": [lambda p: p.unlink(), "is missing"],
+    "meta.json ": [rewrite(lambda data: data[:50]), "is damaged"],
+    "meta.json  ": [rewrite(lambda data: b"[]"), "is damaged"],
+    "meta.json   ": [rewrite(lambda data: b"\xff\xfe"), "is damaged"],
+    "meta.json    ": [folder_instead, "cannot read"],
+    "train.src.idx": [rewrite(lambda data: data[:-8]), "bytes where meta.json says"],
+    "train.tgt.idx": [rewrite(lambda data: data[:8] + data[16:24] + data[8:16] + data[24:]), "does not fit"],
+    "train.tgt.bin": [lambda p: p.unlink(), "is missing"],
+    "val.src.bin": [rewrite(lambda data: b"\xff\xff" + data[2:]), "token id 65,535"],
+}
+
+
+def corpora(n):
+    """Damage to a corpus: the line names the file."""
+    for name, (damage, words) in list(CORPUS.items())[:n]:
+
+        def case(folder, name=name.strip(), damage=damage, words=words):
+            objective = "translation" if ".src" in name or ".tgt" in name else "gpt"
+            shutil.copytree(CORPORA / ("pairs" if objective == "translation" else "text"), folder / "data")
+            damage(folder / "data" / name)
+            refused(flags("out", f"--dataset={folder / 'data'}", objective=objective), folder, name, words)
+
+        yield f"{name.strip()} {words}", case
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runner
+
+PARTS = dict(kills=(kills, 48, 3), signals=(signals, 32, 4), restarts=(restarts, 12, 1), resharding=(resharding, 27, 2),
+             checkpoints=(checkpoints, 99, 4), flags=(wrong_flags, 999, 12), corpora=(corpora, 99, 5))  # fmt: skip
+
+
+def campaign(name, quick=False):
+    """-> (cases that held, cases), each with a line if it did not."""
+    part, n, few = PARTS[name]
+    held = total = 0
+    for case_name, case in part(few if quick else n):
+        total += 1
+        folder = Path(tempfile.mkdtemp(dir=CORPORA))
+        try:
+            case(folder)
+            held += 1
+        except Exception as error:
+            text = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+            print(f"    FAILED {name}: {case_name}: {text}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return held, total
+
+
+def main(argv):
+    torch.set_num_threads(1)
+    quick, names = "--quick" in argv, [name for name in argv if name != "--quick"] or list(PARTS)
+    if unknown := [name for name in names if name not in PARTS]:
+        sys.exit(f"faults.py: {unknown[0]} is unknown; choose from {', '.join(PARTS)}")
+    failed = 0
+    try:
+        write_corpora(CORPORA)
+        for name in names:
+            began = time.time()
+            held, total = campaign(name, quick)
+            failed += total - held
+            print(f"{name:12} {held} of {total}   {PARTS[name][0].__doc__}   ({time.time() - began:.0f} s)", flush=True)
+    finally:
+        shutil.rmtree(CORPORA, ignore_errors=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main(sys.argv[1:])))
