@@ -596,17 +596,25 @@ def fault(state):
     for name, kind in kinds.items():
         if type(state[name]) is not kind or not state[name] and name in ("model", "config"):
             return f"its {name} is empty or of a wrong type"
+    if state["step"] < 0 or type(state.get("n_domains", 1)) is not int:
+        return "its step or its number of domains is wrong"
     model = state["model"]
-    if not all(torch.is_tensor(t) for t in model.values()):
+    dense = lambda t: torch.is_tensor(t) and t.layout == torch.strided and t.device.type == "cpu"  # noqa: E731
+    if not all(map(dense, model.values())):
         return "its model is of a wrong type"
     for name, moments in state["optimizer"].items():
         if name not in model:
             return f"it lacks the parameter {name}"
-        fits = lambda t: torch.is_tensor(t) and t.shape in ((), model[name].shape)  # noqa: E731
-        if not isinstance(moments, dict) or not all(map(fits, moments.values())):
+        shape = lambda key: () if key == "step" else model[name].shape  # noqa: E731
+        if not isinstance(moments, dict) or moments and "step" not in moments or any(
+            not dense(t) or t.shape != shape(key) for key, t in moments.items()
+        ):
             return f"its optimizer state of {name} does not fit the parameter"
     if state.get("tensors", count(state)) != count(state):
         return f"it has {count(state)} tensors of {state['tensors']}"
+    for name, t in chain(model.items(), *(moments.items() for moments in state["optimizer"].values())):
+        if not t.isfinite().all():
+            return f"{name} is not finite"
 
 
 def load_usable(path):

@@ -323,12 +323,18 @@ def rewrite(change):
     return lambda path: path.write_bytes(change(bytearray(path.read_bytes())))
 
 
-def edit(change):
-    """Another content in an intact file: change(state) edits it, or returns what to save instead."""
+def edit(*keys, put=None, drop=False):
+    """Another content in an intact file: state[keys[0]][keys[1]]... = put (a function: put(old)), or without it."""
 
     def damage(path):
         state = torch.load(path)
-        torch.save(change(state) or state, path)
+        at = state
+        for key in keys[:-1]:
+            at = at[key]
+        old = at.pop(keys[-1])
+        if not drop:
+            at[keys[-1]] = put(old) if callable(put) else put
+        torch.save(state, path)
 
     return damage
 
@@ -343,13 +349,7 @@ def folder_instead(path):
     path.mkdir()
 
 
-def put(part, key, value):
-    """edit: state[part][key] = value (or = value(old))."""
-    return edit(lambda state: state[part].update({key: value(state[part][key]) if callable(value) else value}))
-
-
 WTE = "wte.weight"
-nan_first = lambda t: t.index_fill(0, torch.tensor([0]), float("nan"))  # noqa: E731
 DAMAGE = {
     "truncated": rewrite(lambda data: data[:-500]),
     "one bit flipped": rewrite(flipped),
@@ -357,17 +357,24 @@ DAMAGE = {
     "a page of zeros": rewrite(lambda data: data[:4096] + bytes(4096) + data[8192:]),
     "text": rewrite(lambda data: b"not a checkpoint\n"),
     "a folder": folder_instead,
-    "a tensor": edit(lambda state: torch.zeros(3)),
-    "another program's file": edit(lambda state: {"epoch": 3, "state_dict": state["model"]}),
-    "lacks a parameter": edit(lambda state: [state["model"].pop(WTE), None][1]),
-    "lacks moments": edit(lambda state: [state["optimizer"].pop(WTE), None][1]),
-    "empty config": edit(lambda state: state["config"].clear()),
-    "config is a list": edit(lambda state: state | {"config": [1]}),
-    "step is text": edit(lambda state: state | {"step": "9"}),
-    "a weight is a number": put("model", WTE, 3),
-    "moments of another shape": put("optimizer", WTE, {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3),
-                                                       "step": torch.tensor(9.0)}),
-}  # fmt: skip
+    "a tensor": lambda path: torch.save(torch.zeros(3), path),
+    "another program's file": lambda path: torch.save({"epoch": 3, "state_dict": {WTE: torch.zeros(3)}}, path),
+    "lacks a parameter": edit("model", WTE, drop=True),
+    "lacks moments": edit("optimizer", WTE, drop=True),
+    "lacks the step": edit("step", drop=True),
+    "empty config": edit("config", put={}),
+    "config is a list": edit("config", put=[1]),
+    "step is text": edit("step", put="9"),
+    "step is negative": edit("step", put=-9),
+    "number of domains is text": edit("n_domains", put="2"),
+    "a weight is a number": edit("model", WTE, put=3),
+    "a sparse weight": edit("model", WTE, put=torch.Tensor.to_sparse),
+    "a weight without content": edit("model", WTE, put=lambda t: t.to("meta")),
+    "moments of another shape": edit("optimizer", WTE, "exp_avg", put=torch.zeros(3)),
+    "moments without a step": edit("optimizer", WTE, "step", drop=True),
+    "a NaN in the weights": edit("model", WTE, put=lambda t: t.index_fill(0, torch.tensor([0]), float("nan"))),
+    "an infinity in the moments": edit("optimizer", WTE, "exp_avg_sq", put=lambda t: t + float("inf")),
+}
 
 
 def checkpoints(n):
@@ -379,10 +386,14 @@ def checkpoints(n):
             whole, _ = uninterrupted("gpt")
             shutil.copytree(whole, folder / "out")
             damage(folder / "out/ckpt_000012.pt")
-            for again in (["--eval_only"], ["--sample=x"], ["--init_from=resume"]):
+            resume = [] if name == "a folder" else [["--init_from=resume"]]  # nothing can be saved in its place
+            for again in (["--eval_only"], ["--sample=x"], *resume):
                 out = finished(["--out_dir=out", *again], folder)
-                assert "warning: out/ckpt_000012.pt" in out and "loaded out/ckpt_000009.pt" in out, out[:300]
-            assert_same(whole, folder / "out")
+                warning, loaded = out.splitlines()[:2]
+                assert warning.startswith("warning: ") and "out/ckpt_000012.pt" in warning, out[:300]
+                assert loaded.startswith("loaded out/ckpt_000009.pt"), out[:300]
+            if resume:
+                assert_same(whole, folder / "out")
 
         yield f"{name}: the one before is used", case
 
