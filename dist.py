@@ -349,9 +349,10 @@ class OwnError(ValueError):
 
 
 def speaks_for(error):
-    """Should this process print an error? Rank 0 prints what all have alike, each rank what is its own."""
+    """Should this process print an error? Rank 0 prints what all have alike, each rank what is its own. Before they have
+    met, what all of a node have alike (flags, GPUs) may be wrong on that node only: its first process prints it."""
     own = isinstance(error, OwnError) or td.is_initialized() and not isinstance(error, EverybodysError)
-    return own or os.environ.get("RANK", "0") == "0"
+    return own or os.environ.get("RANK" if td.is_initialized() else "LOCAL_RANK", "0") == "0"
 
 
 def one_line(error):
@@ -359,8 +360,9 @@ def one_line(error):
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, OSError)):
         return text
-    if "allocate memory" in text or "out of memory" in text:
-        return f"{text[:200]}: lower --batch_size, raise --grad_accum, or take a smaller model"
+    if isinstance(error, MemoryError) or re.search("allocate memory|out of memory|bad_alloc", text):
+        reason = re.sub(r"^\[enforce fail .*?\] err == 0\. ", "", text)[:200] or "MemoryError"
+        return f"not enough memory ({reason}): lower --batch_size, raise --grad_accum, or take a smaller model"
     if not (isinstance(error, td.DistError) or re.search(r"(?i)gloo|nccl|process ?group|by peer|tcpstore", text)):
         return None
     again = "continue with --init_from=resume"

@@ -756,6 +756,8 @@ def main(argv):
     given = parse(argv)
     try:
         run = set_up(given)
+    except dist.OwnError:
+        raise
     except (ValueError, OSError) as error:  # every rank finds the same fault in the same flags and files
         raise dist.EverybodysError(str(error)) from None
     if "sample" in given:
@@ -778,7 +780,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if not (line := dist.one_line(error)):
             raise
         if dist.speaks_for(error):

@@ -36,6 +36,8 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import dist
+import model
+from data import objectives
 from data.bpe import Tokenizer
 from data.files import write_pairs, write_text
 
@@ -109,8 +111,8 @@ class Command:
             self.processes.append(mp.get_context("fork").Process(target=as_script, args=args))
             self.processes[-1].start()
 
-    def text(self, name):
-        return "".join(path.read_text(errors="replace") for path in sorted(self.said.glob(f"*.{name}")))
+    def text(self, name, rank="*"):
+        return "".join(path.read_text(errors="replace") for path in sorted(self.said.glob(f"{rank}.{name}")))
 
     def until(self, words, timeout=30):
         """Wait until stdout shows the words, or the run is over."""
@@ -547,10 +549,135 @@ def corpora(n):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Bad numbers, too little memory, and processes that lose each other
+
+
+def at_step(step, action, rank="0"):
+    """A fault to put in: action(batch) when the batch of a step has been made, on one rank."""
+
+    def before():
+        real = objectives.Text.train_batch
+
+        def train_batch(self, i, *more):
+            batch = real(self, i, *more)
+            if i == step and os.environ.get("RANK", "0") == rank:
+                action(batch)
+            return batch
+
+        objectives.Text.train_batch = train_batch
+
+    return before
+
+
+def fails(error):
+    def action(batch):
+        raise error
+
+    return action
+
+
+def spoiled_head():
+    """Logits that are NaN in evaluation only."""
+    real = model.Model.head
+    model.Model.head = lambda self, *args: real(self, *args) * (1 if self.training else float("nan"))
+
+
+def spoiled_moments():
+    """Adam's moments overflow in the sixth update, the weights do not."""
+    real, calls = torch.optim.AdamW.step, []
+
+    def step(self, *args):
+        real(self, *args)
+        calls.append(1)
+        if len(calls) == 6:
+            next(iter(self.state.values()))["exp_avg_sq"].view(-1)[0] = float("inf")
+
+    torch.optim.AdamW.step = step
+
+
+def little_memory():
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**29,) * 2)
+
+
+WILD = ["--learning_rate=1e30", "--grad_clip=0", "--warmup=0"]
+NUMBERS = {  # flags, fault, steps of the checkpoints that are left, words
+    "learning rate 1e30": (WILD, int, [], "not finite at step 2; there is no checkpoint yet"),
+    "learning rate 1e30, saved each step": ([*WILD, "--save_every=1"], int, [1], "the last good checkpoint is step 1"),
+    "learning rate 1e300": (["--learning_rate=1e300", "--save_every=1"], int, [], "not finite at step"),
+    "weight decay 1e300": (["--weight_decay=1e300"], int, [], "not finite at step"),
+    "held-out loss NaN": (["--save_every=1"], spoiled_head, [3, 4], "held-out loss is not finite at step 5"),
+    "held-out loss NaN at the end": (["--eval_every=0"], spoiled_head, [6, 9], "held-out loss is not finite at step 12"),
+    "moments infinite": (["--save_every=2"], spoiled_moments, [2, 4], "moments are not finite at step 6"),
+}
+
+
+def numbers(n):
+    """Numbers that are not finite end the run with a line, on one process and on two; no bad checkpoint is written."""
+    for i, (name, (more, fault, steps, words)) in enumerate([*NUMBERS.items()][:n] * 2):
+
+        def case(folder, more=more, fault=fault, steps=steps, words=words, world=1 + (i >= len(NUMBERS))):
+            status, _, err = Command(flags("out", *more), folder, world, fault).wait()
+            assert set(status) == {1} and words in err and err.count("\n") == 1, f"status {status}, stderr {err!r}"
+            left = dist.checkpoints(folder / "out")
+            assert [dist.load_usable(path)["step"] for path in left] == steps, left
+            assert all(np.isfinite(v) for e in log(folder / "out") for v in e.values() if isinstance(v, float)), "log"
+
+        if i < n or n >= len(NUMBERS):
+            yield f"{name}, {1 + (i >= len(NUMBERS))} process(es)", case
+
+
+ALONE = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+GONE, SILENT = "another process has ended", "another process did not answer in time"
+stop = lambda batch: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
+PEERS = {  # environment or number of processes, fault, flags, {rank: words of its line}
+    "an error on rank 1": (2, at_step(4, fails(ValueError("a bad row")), "1"), [], {0: GONE, 1: "a bad row"}),
+    "an OSError on rank 0": (2, at_step(4, fails(OSError(5, "I/O", "x.bin"))), [], {0: "x.bin", 1: GONE}),
+    "no memory on rank 1": (2, at_step(4, fails(MemoryError()), "1"), [], {0: GONE, 1: "lower --batch_size"}),
+    "rank 1 is gone": (2, at_step(4, lambda batch: os._exit(1), "1"), [], {0: GONE}),
+    "rank 1 hangs": (2, at_step(4, stop, "1"), ["--timeout=2"], {0: SILENT}),
+    "rank 0 hangs": (2, at_step(4, stop), ["--timeout=2"], {1: SILENT}),
+    "no master": (ALONE, int, ["--timeout=2"], {0: "cannot join the other 1 through MASTER_ADDR:MASTER_PORT=localhost:1"}),
+    "an unknown master": (ALONE | {"MASTER_ADDR": "no.such.invalid"}, int, ["--timeout=2"], {0: "=no.such.invalid:1"}),
+    "rank 1 never comes": (ALONE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "0"}, int, ["--timeout=2"],
+                           {0: "cannot join"}),
+    "RANK=zero": (ALONE | {"RANK": "zero"}, int, [], {0: "RANK=zero is not a number"}),
+    "RANK=-1": (ALONE | {"RANK": "-1"}, int, [], {0: "RANK=-1 is not a number"}),
+    "RANK=2 of 2": (ALONE | {"RANK": "2"}, int, [], {0: "RANK=2 must be below WORLD_SIZE=2"}),
+    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, int, [], {0: "start with torchrun"}),
+    "flags of the second node": (ALONE | {"LOCAL_RANK": "0"}, int, ["--device=cuda:99"], {0: "--device=cuda:99"}),
+    "--batch_size=8192": (1, little_memory, ["--batch_size=8192", "--n_embd=256"], {0: "lower --batch_size"}),
+    "--n_experts=16384": (1, little_memory, ["--n_experts=16384", "--n_embd=64"], {0: "smaller model"}),
+    "--n_embd=65536": (1, little_memory, ["--n_embd=65536"], {0: "smaller model"}),
+    "no memory in Python": (1, at_step(4, fails(MemoryError())), [], {0: "lower --batch_size"}),
+}  # fmt: skip
+
+
+def peers(n):
+    """A process that fails, ends or hangs alone, or cannot meet the others: each that is left says why, in one line."""
+    for name, (where, fault, more, words) in list(PEERS.items())[:n]:
+
+        def case(folder, where=where, fault=fault, more=more, words=words):
+            world, env = (where, {}) if isinstance(where, int) else (1, where)
+            command = Command(flags("out", *more), folder, world, fault, env)
+            for rank in words:
+                command.processes[rank].join(30)
+            for process in command.processes:
+                process.kill()  # the one that hangs
+            status, _, err = command.wait()
+            assert "Traceback" not in err and all(status[rank] == 1 for rank in words), f"{status} {err[-500:]!r}"
+            for rank in range(world):  # torch itself may say more
+                lines = [line for line in command.text("stderr", rank).splitlines() if line.startswith("train.py: ")]
+                assert len(lines) == (rank in words) and all(words[rank] in line for line in lines), (rank, lines, err)
+
+        yield name, case
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The runner
 
 PARTS = dict(kills=(kills, 48, 3), signals=(signals, 32, 4), restarts=(restarts, 6, 0), resharding=(resharding, 27, 2),
-             checkpoints=(checkpoints, 99, 4), flags=(wrong_flags, 999, 12), corpora=(corpora, 99, 5))  # fmt: skip
+             checkpoints=(checkpoints, 99, 4), flags=(wrong_flags, 999, 12), corpora=(corpora, 99, 5), numbers=(numbers, 99, 3), peers=(peers, 99, 4))  # fmt: skip
 
 
 def campaign(name, quick=False):
