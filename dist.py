@@ -37,6 +37,7 @@ Letters: D model width, E experts, M rows (a token sent to k experts is k rows),
 
 import os
 import re
+import tempfile
 import zipfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -562,7 +563,8 @@ def save(path, state):
         while cause.__context__ and not isinstance(cause, OSError):
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
-        raise OSError(f"cannot save {path}: {reason}. Earlier checkpoints are untouched") from None
+        raise OSError(f"cannot save {path}: {reason}. Earlier checkpoints are untouched: when that is mended, continue with "
+                      "--init_from=resume") from None
 
 
 def load(path):
@@ -733,8 +735,13 @@ def restarted(folder):
 
 def lock(folder):
     """Lock a run's folder (made if missing) until .close() of what is returned, or until the process ends, however it
-    ends. ValueError if another run has it."""
-    os.makedirs(folder, exist_ok=True)
+    ends. ValueError if another run has it, OSError if it cannot be written to."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to --out_dir={folder} ({error.strerror}): name another folder") from None
     held = ExitStack()
     if fcntl is None:
         print("note: this system has no file locks: two runs in one folder would not notice each other", flush=True)

@@ -449,12 +449,15 @@ class Log:
             raise ValueError(f"{run.cfg.out_dir} holds checkpoints of an earlier run ({old[-1].name}): continue "
                              f"it with "
                              "--init_from=resume, choose another --out_dir, or delete them")  # fmt: skip
-        if run.resumed and os.path.exists(self.path):
-            with open(self.path, errors="replace") as f:
-                lines = [line for line in f if self.known(line)]
-        with open(self.path + ".tmp", "w") as f:
-            f.writelines(lines)
-        os.replace(self.path + ".tmp", self.path)
+        try:
+            if run.resumed and os.path.exists(self.path):
+                with open(self.path, errors="replace") as f:
+                    lines = [line for line in f if self.known(line)]
+            with open(self.path + ".tmp", "w") as f:
+                f.writelines(lines)
+            os.replace(self.path + ".tmp", self.path)
+        except OSError as e:
+            raise OSError(f"cannot write {self.path} ({e.strerror}): move it away or name another --out_dir") from None
 
     def known(self, line):
         """Is it whole, not later than the checkpoint, and nothing that the end of the run writes again?"""
@@ -470,7 +473,8 @@ class Log:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(entry) + "\n")
             except OSError as e:
-                raise OSError(f"cannot write {self.path}: {e.strerror}. Checkpoints are untouched") from None
+                raise OSError(f"cannot write {self.path}: {e.strerror}. Checkpoints are untouched: when that is mended, "
+                              "continue with --init_from=resume") from None  # fmt: skip
 
     def __enter__(self):
         return self

@@ -155,7 +155,8 @@ def corpus_folder(dataset):
     folder = os.path.join(HERE, dataset)
     if os.path.exists(os.path.join(dataset, "meta.json")) or not os.path.isdir(folder) and os.path.isdir(dataset):
         return dataset
-    if not os.path.isdir(folder) and not os.path.isdir(os.path.join(HERE, dataset.split("/")[0])):
+    script = os.path.join(HERE, dataset.split("/")[0], "prepare.py")  # stdlib's makes stdlib/packages, too
+    if not os.path.isdir(folder) and not os.path.exists(script):
         have = sorted(d for d in os.listdir(HERE) if os.path.exists(os.path.join(HERE, d, "prepare.py")))
         raise ValueError(f"--dataset={dataset}: no such folder; there are: {', '.join(have)}")
     return folder
@@ -246,7 +247,10 @@ def open_array(path, dtype, length):
         raise ValueError(f"{path} is empty: {hint}")
     if size != expected:
         raise ValueError(f"{path} has {size:,d} bytes where meta.json says {expected:,d}: {hint}")
-    return np.memmap(path, dtype, mode="r")
+    try:
+        return np.memmap(path, dtype, mode="r")
+    except OSError as e:
+        raise OSError(f"cannot read {path} ({e.strerror}): {hint}") from None
 
 
 def open_tokens(path, meta, length):

@@ -433,7 +433,7 @@ n_layer=2                                 --name=value
 --gate_args=jiter=1                       did you mean jitter?
 --gate_args=jitter=high                   float
 --gate_args=jitter=1e400                  finite
---gate_args=jitter=-1
+--gate_args=jitter=-1                     jitter=-1.0 must be from 0
 --gate_args=jitter                        jitter
 --schedule=linear                         cosine
 --drop_order=score_                       did you mean score?
@@ -471,7 +471,7 @@ n_layer=2                                 --name=value
 --top_k=-1
 --timeout=0
 --ep=3                                    ep=3
---ranks_per_node=3
+--ranks_per_node=3                        ranks_per_node=3
 --diversify=1
 --spawn_ratio=2
 --distill=1                               needs a teacher
@@ -489,9 +489,9 @@ n_layer=2                                 --name=value
 --distill=1 --teacher=/nowhere            dense run
 --distill=1 --teacher=.                   no checkpoint
 --out_dir=
---out_dir=/dev/null/out                   Not a directory
---out_dir=/dev/null                       File exists
---out_dir=/proc/nowhere                   No such file
+--out_dir=/dev/null/out                   --out_dir=/dev/null/out (Not a directory): name another folder
+--out_dir=/dev/null                       --out_dir=/dev/null (File exists): name another folder
+--out_dir=/proc/nowhere                   --out_dir=/proc/nowhere (No such file or directory): name another folder
 """.strip().splitlines()
 
 
@@ -533,6 +533,34 @@ CORPUS = {  # what is done to the folder, words of the message; names with .src 
     "train.tgt.bin": [lambda p: p.unlink(), "is missing"],
     "val.src.bin": [rewrite(lambda data: b"\xff\xff" + data[2:]), "token id 65,535"],
 }
+
+
+def nobody():
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+
+
+def forbidden(n):
+    """Files and folders that may not be read or written: the line names them and says what to do."""
+    cases = {
+        "out": (0o555, "cannot write to --out_dir=out/run (Permission denied): name another folder"),
+        "out/run": (0o555, "cannot write to --out_dir=out/run (Permission denied): name another folder"),
+        "data/train.bin": (0, "train.bin (Permission denied): prepare it again"),
+        "data/meta.json": (0, "meta.json (Permission denied): prepare it again"),
+    }
+    for name, (mode, words) in list(cases.items())[:n]:
+
+        def case(folder, name=name, mode=mode, words=words):
+            shutil.copytree(CORPORA / "text", folder / "data")
+            (folder / "out").mkdir()
+            if name == "out/run":
+                (folder / name).mkdir()
+            for path in (CORPORA, folder, *folder.rglob("*")):
+                path.chmod(0o777)
+            (folder / name).chmod(mode)
+            refused(flags("out/run", f"--dataset={folder / 'data'}"), folder, words, before=nobody)
+
+        yield f"{name} with mode {mode:o}", case
 
 
 def corpora(n):
@@ -677,7 +705,7 @@ def peers(n):
 # The runner
 
 PARTS = dict(kills=(kills, 48, 3), signals=(signals, 32, 4), restarts=(restarts, 6, 0), resharding=(resharding, 27, 2),
-             checkpoints=(checkpoints, 99, 4), flags=(wrong_flags, 999, 12), corpora=(corpora, 99, 5), numbers=(numbers, 99, 3), peers=(peers, 99, 4))  # fmt: skip
+             checkpoints=(checkpoints, 99, 4), flags=(wrong_flags, 999, 12), corpora=(corpora, 99, 5), forbidden=(forbidden, 99 * (os.geteuid() == 0), 2), numbers=(numbers, 99, 3), peers=(peers, 99, 4))  # fmt: skip
 
 
 def campaign(name, quick=False):
