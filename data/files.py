@@ -155,8 +155,8 @@ def corpus_folder(dataset):
     folder = os.path.join(HERE, dataset)
     if os.path.exists(os.path.join(dataset, "meta.json")) or not os.path.isdir(folder) and os.path.isdir(dataset):
         return dataset
-    script = os.path.join(HERE, dataset.split("/")[0], "prepare.py")  # stdlib's makes stdlib/packages, too
-    if not os.path.isdir(folder) and not os.path.exists(script):
+    made_by = os.path.join(HERE, dataset.split("/")[0])  # stdlib's script makes stdlib/packages, too
+    if not os.path.isdir(folder) and (os.path.isabs(dataset) or not os.path.isdir(made_by)):
         have = sorted(d for d in os.listdir(HERE) if os.path.exists(os.path.join(HERE, d, "prepare.py")))
         raise ValueError(f"--dataset={dataset}: no such folder; there are: {', '.join(have)}")
     return folder
