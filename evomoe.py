@@ -96,6 +96,8 @@ def check(cfg):
     elif cfg.expert_hidden not in (0, width) and starts_dense(cfg) and cfg.n_experts > 1:
         raise ValueError(f"--expert_hidden={cfg.expert_hidden}: experts of another width than the FFN they come from "
                          f"({width}) need --spawn=importance, or --diversify=0")  # fmt: skip
+    if cfg.teacher and not cfg.distill:
+        raise ValueError(f"--teacher={cfg.teacher} teaches nothing without --distill=WEIGHT, 1 to 5")
     if cfg.distill and not starts_trained(cfg) and not cfg.teacher:
         raise ValueError(f"--distill={cfg.distill} needs a teacher: --init_from=OUT_DIR of a dense run, or "
                          "--teacher=OUT_DIR")  # fmt: skip
@@ -228,9 +230,10 @@ def trained(where, mesh, flag="init_from"):
         fields = "objective dataset n_layer n_head n_embd n_hidden block_size bias activation".split()
         return {n: state["config"][n] for n in fields}, {n: state[n] for n in ("model", "vocabulary")}
     if not os.path.isdir(where) and not where.startswith("gpt2"):
-        hit = difflib.get_close_matches(where, ["scratch", "resume", "gpt2"], 1)
+        known = ["scratch", "resume", "gpt2"] if flag == "init_from" else ["gpt2"]
+        hit = difflib.get_close_matches(where, known, 1)
         maybe = f" (did you mean {hit[0]}?)" if hit else ""
-        raise ValueError(f"--{flag}={where} is unknown{maybe}; choose from scratch, resume, gpt2, or the folder of a "
+        raise ValueError(f"--{flag}={where} is unknown{maybe}; choose from {', '.join(known)}, or the folder of a "
                          "dense run")  # fmt: skip
     return mesh.on_all(lambda: load_gpt2(where, flag))
 
