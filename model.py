@@ -214,8 +214,7 @@ class GPT(Model):
         done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(max_new_tokens):
             logits = self(x[:, -self.cfg.block_size :])[0][:, -1].float()  # (B, V)
-            if not logits.isfinite().all():
-                raise ValueError("the model's output is not finite: its weights are damaged")
+            refuse_unless_finite(logits)
             if temperature < 1e-4:
                 token = logits.argmax(1, keepdim=True)
             else:
@@ -228,6 +227,13 @@ class GPT(Model):
             if done.all():
                 break
         return x
+
+
+def refuse_unless_finite(logits):
+    """ValueError for a model that has nothing to say: rather than a text made of NaN."""
+    if not logits.isfinite().all():
+        raise ValueError("the model's output is not finite: its weights are damaged, or were trained at too high a "
+                         "--learning_rate")  # fmt: skip
 
 
 class RoBERTa(Model):
@@ -330,7 +336,9 @@ class Translator(Model):
         total[:, 1:] = -math.inf  # all hypotheses begin alike: only the first may grow
         for t in range(limit):
             h, _ = self.decode(y[:, -1:], memory, live, t, cache)
-            log_p = self.head(h[:, 0]).float().log_softmax(1)[:, :V].view(B, K, V)
+            logits = self.head(h[:, 0]).float()
+            refuse_unless_finite(logits)
+            log_p = logits.log_softmax(1)[:, :V].view(B, K, V)
             log_p = log_p.masked_fill(done[..., None], -math.inf)
             log_p[..., eot].masked_fill_(done, 0.0)  # a finished hypothesis goes on in one way, at no cost
             grown = total[..., None] + log_p  # (B, K, V)
