@@ -711,11 +711,15 @@ def configure(given, base=None):
     ValueError, one line, for a value that no run can have; what fits together is checked by those who use it."""
     fields = {f.name: f for f in dataclasses.fields(Config)}
     base = {name: value for name, value in (base or {}).items() if name in fields}
+    for name, value in base.items():  # a file may hold anything
+        if type(value) is not fields[name].type and (type(value), fields[name].type) != (int, float):
+            raise ValueError(f"{name}={value!r} in the checkpoint's config is not of type {fields[name].type.__name__}")
     objective = given.get("objective", base.get("objective", Config.objective))
     for name, value, known in ("objective", objective, OBJECTIVES), ("gate", given.get("gate", Config.gate), gates()):
         if value not in known:
             names = ", ".join(sorted(known))
             raise ValueError(f"--{name}={value} is unknown{closest(value, known)}; choose from {names}")
+    given = {name: value for name, value in given.items() if (name, value) != ("dataset", "")}
     cfg = Config(**{**OBJECTIVES[objective].defaults, **base, **given})
     for name, field in fields.items():
         value, least, most, one_of = getattr(cfg, name), *(field.metadata[key] for key in ("least", "most", "one_of"))
@@ -753,6 +757,9 @@ def score(run, given):
         result = evaluate(run, split, given.get("eval_batches", 0))
         with evaluating(run.model):
             result |= run.objective.scores(run, split, given.get("bleu_sentences", 0))[0]
+        if not math.isfinite(result["loss"]):
+            raise dist.EverybodysError(f"the loss on {split} is not finite: take an earlier checkpoint of "
+                                       f"{run.cfg.out_dir}, or train again with a lower --learning_rate")  # fmt: skip
         run.say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
 
