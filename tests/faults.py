@@ -152,6 +152,12 @@ def refused(argv, folder, *words, **more):
     assert contents(folder) == before, f"written: {set(contents(folder).items()) ^ set(before.items())}"
 
 
+def some(table, n):
+    """n rows of a table (or all), evenly spread."""
+    n = min(n, len(table))
+    return [list(table)[i * len(table) // n] for i in range(n)]
+
+
 def contents(folder):
     return {str(path): path.read_bytes() if path.is_file() else "" for path in sorted(folder.rglob("*"))}
 
@@ -224,7 +230,9 @@ def go_on(kind, folder):
     """Again, from the newest checkpoint or, if there is none yet, from the start: as a user would."""
     world, more = KINDS[kind]
     found = dist.latest(folder / "out")
-    return Command(["--out_dir=out", "--init_from=resume", "--timeout=8"] if found else flags("out", *more), folder, world)
+    return Command(
+        ["--out_dir=out", "--init_from=resume", "--timeout=8"] if found else flags("out", *more), folder, world
+    )
 
 
 def kills(n):
@@ -381,8 +389,7 @@ DAMAGE = {
 
 def checkpoints(n):
     """A damaged newest checkpoint is passed over with a warning, and the run goes on from the one before it."""
-    cases = list(DAMAGE.items())
-    for name, damage in cases[:n]:
+    for name, damage in some(DAMAGE.items(), n):
 
         def case(folder, name=name, damage=damage):
             whole, _ = uninterrupted("gpt")
@@ -486,7 +493,9 @@ n_layer=2                                 --name=value
 --init_from=resume                        no checkpoint (ckpt_*.pt) in out
 --eval_only                               no checkpoint (ckpt_*.pt) in out
 --sample=x                                no checkpoint (ckpt_*.pt) in out
---distill=1 --teacher=/nowhere            dense run
+--distill=1 --teacher=/nowhere            choose from gpt2, or the folder of a dense run
+--distill=1 --teacher=resume              choose from gpt2, or the folder of a dense run
+--teacher=out                             teaches nothing without --distill
 --distill=1 --teacher=.                   no checkpoint
 --out_dir=
 --out_dir=/dev/null/out                   --out_dir=/dev/null/out (Not a directory): name another folder
@@ -497,7 +506,7 @@ n_layer=2                                 --name=value
 
 def wrong_flags(n):
     """A flag that cannot be: its line names the flag and value, or what the right column says."""
-    for i, line in enumerate(FLAGS[:: max(1, len(FLAGS) // n)]):
+    for i, line in enumerate(some(FLAGS, n)):
         argv, _, words = line.partition("  ")
 
         def case(folder, argv=argv.split(), words=words.strip(), world=1 + (i % 8 == 3)):
@@ -506,15 +515,110 @@ def wrong_flags(n):
         yield argv, case
 
 
-def meta(change):
-    """Another meta.json."""
+LIMITS = """
+--capacity_factor=1e300
+--capacity_factor=1e-320
+--grad_clip=1e300
+--grad_clip=1e-320
+--beta2=0
+--dropout=0.99
+--label_smoothing=0.99
+--diversify=0.5 --spawn_ratio=1
+--warmup=99999999999999999999
+--eval_every=99999999999999999999
+--eval_batches=99999999999999999999
+--timeout=1000000
+--batch_size=1
+--block_size=1
+--sample_tokens=0
+--temperature=1e-320
+--temperature=1e-3
+--temperature=1e300
+--top_k=1
+--top_k=99999999999999999999
+--learning_rate=1e-12
+--dataset= --max_steps=1 --eval_batches=1
+""".strip().splitlines()
 
-    def damage(folder):
-        text = json.loads((folder / "meta.json").read_text())
-        change(text)
-        (folder / "meta.json").write_text(json.dumps(text))
+
+def limits(n):
+    """Values at the far end of what is allowed: the run ends well, and so does a sample from it."""
+    for argv in some(LIMITS, n):
+
+        def case(folder, more=argv.split()):
+            finished(flags("out", *more), folder)
+            finished(["--out_dir=out", "--sample=the cat", *more], folder)
+
+        yield argv, case
+
+
+def config(**fields):
+    """A checkpoint whose config holds something else."""
+
+    def damage(path):
+        state = torch.load(path)
+        state["config"] |= fields
+        torch.save(state, path)
 
     return damage
+
+
+def huge(path):
+    """Finite weights that are of no use."""
+    state = torch.load(path)
+    state["model"] = {name: t * 1e30 if t.is_floating_point() else t for name, t in state["model"].items()}
+    torch.save(state, path)
+
+
+def as_it_is(path):
+    pass
+
+
+USES = {  # of a finished run: kind, what is done to its checkpoints, flags, words
+    "layers in words": ("gpt", config(n_layer="two"), ["--eval_only"], "n_layer='two'"),
+    "half a layer": ("gpt", config(n_layer=2.5), ["--init_from=resume"], "n_layer=2.5"),
+    "an objective in a list": ("gpt", config(objective=["gpt"]), ["--sample=x"], "objective=['gpt']"),
+    "a dataset in numbers": ("gpt", config(dataset=3), ["--sample=x"], "dataset=3"),
+    "an unknown gate": ("gpt", config(gate="nogate"), ["--eval_only"], "--gate=nogate"),
+    "another width": ("gpt", config(n_embd=32), ["--eval_only"], "does not fit this model"),
+    "too few steps": ("gpt", as_it_is, ["--init_from=resume", "--max_steps=2"], "--max_steps=2"),
+    "another model": ("gpt", as_it_is, ["--init_from=resume", "--n_embd=32"], "n_embd=32"),
+    "huge weights, evaluated": ("gpt", huge, ["--eval_only"], "not finite"),
+    "huge weights, sampled": ("gpt", huge, ["--sample=x"], "not finite"),
+    "huge weights, translated": ("translation", huge, ["--sample=x"], "not finite"),
+    "huge weights, BLEU": ("translation", huge, ["--eval_only"], "not finite"),
+    "huge weights, classified": ("classify", huge, ["--eval_only"], "not finite"),
+    "no text": ("translation", as_it_is, ["--sample="], '--sample=""'),
+    "a long text": ("translation", as_it_is, ["--sample=" + "x" * 99], "99 tokens"),
+    "a mixture as a teacher": ("gpt", as_it_is, ["--init_from=out", "--out_dir=new"], "dense run"),
+}
+
+
+def uses(n):
+    """A checkpoint that cannot be used as it is asked for: refused in one line, and nothing is written."""
+    for name, (kind, damage, argv, words) in some(USES.items(), n):
+
+        def case(folder, kind=kind, damage=damage, argv=argv, words=words):
+            shutil.copytree(uninterrupted(kind)[0], folder / "out")
+            for path in dist.checkpoints(folder / "out"):
+                damage(path)
+            refused(["--out_dir=out", *argv], folder, words)
+
+        yield f"{name}: {' '.join(argv)[:40]}", case
+
+
+def ended(n):
+    """Resuming a run that had ended changes neither its checkpoint nor its log: what is written last is written once."""
+    for kind in some(sorted(KINDS, reverse=True), n):  # a translation first: it ends with BLEU
+
+        def case(folder, kind=kind):
+            whole, _ = uninterrupted(kind)
+            shutil.copytree(whole, folder / "out")
+            for _ in range(2):
+                finished(["--out_dir=out", "--init_from=resume"], folder, world=KINDS[kind][0])
+            assert_same(whole, folder / "out")
+
+        yield f"{kind}, resumed twice after its end", case
 
 
 CORPUS = {  # what is done to the folder, words of the message; names with .src or .tgt are of a translation
@@ -548,7 +652,7 @@ def forbidden(n):
         "data/train.bin": (0, "train.bin (Permission denied): prepare it again"),
         "data/meta.json": (0, "meta.json (Permission denied): prepare it again"),
     }
-    for name, (mode, words) in list(cases.items())[:n]:
+    for name, (mode, words) in some(cases.items(), n):
 
         def case(folder, name=name, mode=mode, words=words):
             shutil.copytree(CORPORA / "text", folder / "data")
@@ -565,7 +669,7 @@ def forbidden(n):
 
 def corpora(n):
     """Damage to a corpus: the line names the file."""
-    for name, (damage, words) in list(CORPUS.items())[:n]:
+    for name, (damage, words) in some(CORPUS.items(), n):
 
         def case(folder, name=name.strip(), damage=damage, words=words):
             objective = "translation" if ".src" in name or ".tgt" in name else "gpt"
@@ -635,24 +739,29 @@ NUMBERS = {  # flags, fault, steps of the checkpoints that are left, words
     "learning rate 1e300": (["--learning_rate=1e300", "--save_every=1"], int, [], "not finite at step"),
     "weight decay 1e300": (["--weight_decay=1e300"], int, [], "not finite at step"),
     "held-out loss NaN": (["--save_every=1"], spoiled_head, [3, 4], "held-out loss is not finite at step 5"),
-    "held-out loss NaN at the end": (["--eval_every=0"], spoiled_head, [6, 9], "held-out loss is not finite at step 12"),
+    "held-out loss NaN at the end": (
+        ["--eval_every=0"],
+        spoiled_head,
+        [6, 9],
+        "held-out loss is not finite at step 12",
+    ),
     "moments infinite": (["--save_every=2"], spoiled_moments, [2, 4], "moments are not finite at step 6"),
 }
 
 
 def numbers(n):
     """Numbers that are not finite end the run with a line, on one process and on two; no bad checkpoint is written."""
-    for i, (name, (more, fault, steps, words)) in enumerate([*NUMBERS.items()][:n] * 2):
+    both = [(world, *row) for world in (1, 2) for row in NUMBERS.items()]
+    for world, name, (more, fault, steps, words) in some(both, n):
 
-        def case(folder, more=more, fault=fault, steps=steps, words=words, world=1 + (i >= len(NUMBERS))):
+        def case(folder, more=more, fault=fault, steps=steps, words=words, world=world):
             status, _, err = Command(flags("out", *more), folder, world, fault).wait()
             assert set(status) == {1} and words in err and err.count("\n") == 1, f"status {status}, stderr {err!r}"
             left = dist.checkpoints(folder / "out")
             assert [dist.load_usable(path)["step"] for path in left] == steps, left
             assert all(np.isfinite(v) for e in log(folder / "out") for v in e.values() if isinstance(v, float)), "log"
 
-        if i < n or n >= len(NUMBERS):
-            yield f"{name}, {1 + (i >= len(NUMBERS))} process(es)", case
+        yield f"{name}, {world} process(es)", case
 
 
 ALONE = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
@@ -683,7 +792,7 @@ PEERS = {  # environment or number of processes, fault, flags, {rank: words of i
 
 def peers(n):
     """A process that fails, ends or hangs alone, or cannot meet the others: each that is left says why, in one line."""
-    for name, (where, fault, more, words) in list(PEERS.items())[:n]:
+    for name, (where, fault, more, words) in some(PEERS.items(), n):
 
         def case(folder, where=where, fault=fault, more=more, words=words):
             world, env = (where, {}) if isinstance(where, int) else (1, where)
@@ -704,8 +813,21 @@ def peers(n):
 # ---------------------------------------------------------------------------------------------------------------------
 # The runner
 
-PARTS = dict(kills=(kills, 48, 3), signals=(signals, 32, 4), restarts=(restarts, 6, 0), resharding=(resharding, 27, 2),
-             checkpoints=(checkpoints, 99, 4), flags=(wrong_flags, 999, 12), corpora=(corpora, 99, 5), forbidden=(forbidden, 99 * (os.geteuid() == 0), 2), numbers=(numbers, 99, 3), peers=(peers, 99, 4))  # fmt: skip
+PARTS = {  # the cases, how many of them (the last: with --quick)
+    "kills": (kills, 48, 2),
+    "signals": (signals, 32, 2),
+    "restarts": (restarts, 6, 0),
+    "resharding": (resharding, 27, 1),
+    "ended": (ended, 8, 1),
+    "checkpoints": (checkpoints, 99, 2),
+    "flags": (wrong_flags, 999, 10),
+    "uses": (uses, 99, 3),
+    "limits": (limits, 99, 2),
+    "corpora": (corpora, 99, 3),
+    "forbidden": (forbidden, 99 * (os.geteuid() == 0), 2 * (os.geteuid() == 0)),  # root only can become somebody else
+    "numbers": (numbers, 99, 3),
+    "peers": (peers, 99, 4),
+}
 
 
 def campaign(name, quick=False):
