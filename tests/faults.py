@@ -202,7 +202,7 @@ KINDS = {  # of runs: how many processes, flags
     "gpt": (1, ["--gate=switch"]),
     "roberta, 2 processes": (2, ["--gate=topk", "--objective=roberta"]),
     "translation": (1, ["--gate=noisytopk", "--objective=translation", f"--dataset={CORPORA}/pairs"]),
-    "EvoMoE, 2 processes": (2, ["--gate=dts", "--diversify=0.4", "--gate_args=anneal=0.3,hard=0.7"]),
+    "EvoMoE, 2 processes": (2, ["--gate=dts", "--diversify=0.4", "--gate_args=dense=0.3,hard=0.7"]),
     "dropout, capacity": (1, ["--gate=gshard", "--dropout=0.1", "--capacity_factor=0.7"]),
     "classify": (1, ["--objective=classify"]),
     "StableMoE": (1, ["--gate=stablemoe"]),

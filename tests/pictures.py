@@ -106,8 +106,8 @@ PANELS = (
     ("topk", 0, "topk", "the two likeliest, summing to 1"),
     ("expertchoice", 0, "expertchoice", "each expert takes its best four"),
     ("base", 0, "base", "two tokens for each expert"),
-    ("dts", 0, "dts, at the start", "dense: every expert, and noise"),
-    ("dts", 25, "dts, after a quarter", "only weights above a rising bar"),
+    ("dts", 0, "dts, at the start", "dense: nearly every expert"),
+    ("dts", 4, "dts, soon after", "only weights above a rising bar"),
     ("dts", 99, "dts, at the end", "sparse: one expert per token"),
 )
 
@@ -121,7 +121,7 @@ def draw_gates(path):
     caption = (
         "A column is a token, a row is an expert (E0 to E3), a cell is the weight G. Empty: not sent.",
         "See: hash knows only the word; switch and topk send cat and dog, much alike, the same way,",
-        "but load experts unevenly; expertchoice and base load them alike; dts goes from all to one.",
+        "but load experts unevenly; expertchoice and base load them alike; dts goes from many to one.",
     )
     save_svg(path, 138 + 194 * 4, "G of six gates for the same eight tokens", caption, parts)
 

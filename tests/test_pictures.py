@@ -84,7 +84,8 @@ def test_what_the_caption_of_gates_says_is_so():
         assert (sent[gate, 0][cat] == sent[gate, 0][dog]).all() and load.max() >= 3 * load.min()
     assert (sent["switch", 0].sum(1) == 1).all() and (sent["topk", 0].sum(1) == 2).all()
     assert (sent["expertchoice", 0].sum(0) == 4).all() and (sent["base", 0].sum(0) == 2).all()
-    assert sent["dts", 0].all() and (sent["dts", 99].sum(1) == 1).all() and 8 < sent["dts", 25].sum() < 32
+    first, soon, last = (int(sent["dts", step].sum()) for step in (0, 4, 99))
+    assert first > 28 and first > soon > 8 and (sent["dts", 99].sum(1) == 1).all() and last == 8
 
 
 @pytest.mark.parametrize("g, shown", [(1.0, "1"), (0.996, "1"), (0.314, ".31"), (0.05, ".05"), (0.001, "<.01")])
