@@ -350,8 +350,8 @@ class OwnError(ValueError):
 
 
 def speaks_for(error):
-    """Should this process print an error? Rank 0 prints what all have alike, each rank what is its own. Before they have
-    met, what all of a node have alike (flags, GPUs) may be wrong on that node only: its first process prints it."""
+    """Should this process print an error? Rank 0 prints what all have alike, each rank what is its own. Before they
+    have met, what a node's processes have alike (flags, GPUs) may be wrong on that node only: its first one prints."""
     own = isinstance(error, OwnError) or td.is_initialized() and not isinstance(error, EverybodysError)
     return own or os.environ.get("RANK" if td.is_initialized() else "LOCAL_RANK", "0") == "0"
 
@@ -563,8 +563,10 @@ def save(path, state):
         while cause.__context__ and not isinstance(cause, OSError):
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
-        raise OSError(f"cannot save {path}: {reason}. Earlier checkpoints are untouched: when that is mended, continue with "
-                      "--init_from=resume") from None
+        raise OSError(
+            f"cannot save {path}: {reason}. Earlier checkpoints are untouched; mend it and "
+            "continue with --init_from=resume"
+        ) from None
 
 
 def load(path):
@@ -609,10 +611,9 @@ def fault(state):
     for name, moments in state["optimizer"].items():
         if name not in model:
             return f"it lacks the parameter {name}"
-        shape = lambda key: () if key == "step" else model[name].shape  # noqa: E731
-        if not isinstance(moments, dict) or moments and "step" not in moments or any(
-            not dense(t) or t.shape != shape(key) for key, t in moments.items()
-        ):
+        fits = lambda key, t: dense(t) and t.shape == (() if key == "step" else model[name].shape)  # noqa: E731
+        known = isinstance(moments, dict) and ("step" in moments or not moments)
+        if not known or not all(fits(key, t) for key, t in moments.items()):
             return f"its optimizer state of {name} does not fit the parameter"
     if state.get("tensors", count(state)) != count(state):
         return f"it has {count(state)} tensors of {state['tensors']}"
