@@ -473,7 +473,7 @@ class Log:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(entry) + "\n")
             except OSError as e:
-                raise OSError(f"cannot write {self.path}: {e.strerror}. Checkpoints are untouched: when that is mended, "
+                raise OSError(f"cannot write {self.path}: {e.strerror}. Checkpoints are untouched; mend it and "
                               "continue with --init_from=resume") from None  # fmt: skip
 
     def __enter__(self):
