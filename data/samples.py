@@ -13,6 +13,7 @@ import torch
 
 from data.bleu import corpus_bleu
 from data.batches import pad
+from model import refuse_unless_finite
 
 
 def check_prompt(prompt, ids, most):
@@ -68,6 +69,7 @@ def fill_masks(model, corpus, ids, mesh, autocast, truth=None, domain=0):
     tok, x = corpus.tok, torch.tensor([ids], device=mesh.device)
     with autocast:
         logits = model(x, domain=torch.full_like(x, domain), pick=x == tok.mask)[0]
+    refuse_unless_finite(logits)
     p, guesses = logits.float()[:, : tok.eot].softmax(1).topk(5)  # (masks, 5), of the ordinary tokens
     holes = [i for i, token in enumerate(ids) if token == tok.mask]
     text, table = "", ""
@@ -94,7 +96,9 @@ def name_classes(model, corpus, cfg, mesh, prompt, autocast):
     lines = []
     for name, ids in passages.items():
         with autocast:
-            p = model(torch.tensor([ids], device=mesh.device))[0][0, 0].float().softmax(0)
+            logits = model(torch.tensor([ids], device=mesh.device))[0][0, 0].float()
+        refuse_unless_finite(logits)
+        p = logits.softmax(0)
         best = p.argsort(descending=True)[:3].tolist()
         line = f"{name:16}-> " + "  ".join(f"{names[i]} {100 * p[i]:.0f} %" for i in best)
         lines.append(line + (f"   {corpus.tok.decode(ids)[:80]!r} ..." if name else ""))

@@ -590,6 +590,8 @@ USES = {  # of a finished run: kind, what is done to its checkpoints, flags, wor
     "huge weights, translated": ("translation", huge, ["--sample=x"], "not finite"),
     "huge weights, BLEU": ("translation", huge, ["--eval_only"], "not finite"),
     "huge weights, classified": ("classify", huge, ["--eval_only"], "not finite"),
+    "huge weights, masks": ("roberta, 2 processes", huge, ["--sample=a <mask>"], "not finite"),
+    "huge weights, a class": ("classify", huge, ["--sample=the cat"], "not finite"),
     "no text": ("translation", nothing, ["--sample="], '--sample=""'),
     "a long text": ("translation", nothing, ["--sample=" + "x" * 99], "99 tokens"),
     "a mixture as a teacher": ("gpt", nothing, ["--init_from=out", "--out_dir=new"], "dense run"),
