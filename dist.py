@@ -1,6 +1,7 @@
 """
-Expert parallelism: the only file that talks to other ranks. `torchrun train.py` equals one process. (A gate is told
-through router.Place what it may know about them.)
+Expert parallelism: the only file that talks to other ranks (a gate is told through router.Place what it may know
+about them). `torchrun train.py` equals one process, up to the order of additions, and to dropout, which each rank draws
+for itself.
 
     world = data parallel x expert parallel, for 8 ranks and ep = 4, two ranks a node:
 
@@ -245,14 +246,14 @@ def layout(world, n_experts, ep=0, ranks_per_node=0, two_level=False):
     both = gcd(world, n_experts or 1)
     ep, ranks_per_node = ep or both, ranks_per_node or world
     for name, n, of, what in (
-        ("ep", ep, both, f"{world} ranks and the {n_experts} experts"),
-        ("ranks_per_node", ranks_per_node, world, f"{world} ranks"),
+        ("ep", ep, both, f"{world} processes and the {n_experts} experts"),
+        ("ranks_per_node", ranks_per_node, world, f"{world} processes that torchrun started"),
     ):
         if n < 1 or of % n:
             good = ", ".join(str(n) for n in range(1, of + 1) if of % n == 0)
-            raise ValueError(f"{name}={n} must divide the {what}: choose from {good}")
+            raise ValueError(f"--{name}={n} must divide the {what}: choose from {good}")
     if two_level and ep % ranks_per_node and ranks_per_node % ep:
-        raise ValueError(f"two_level needs ep={ep} to be a multiple or a divisor of ranks_per_node={ranks_per_node}")
+        raise ValueError(f"--two_level needs ep={ep} to be a multiple or a divisor of ranks_per_node={ranks_per_node}")
     return ep, ranks_per_node
 
 
@@ -675,7 +676,8 @@ def prune(folder, keep=2, written=None):
                 path.unlink()
             continue
         try:
-            load_usable(path)
+            if path != written:  # that one was whole a moment ago
+                load_usable(path)
             good += 1
         except (OSError, ValueError) as error:
             warn(f"{error}; an older one is kept for it")

@@ -15,12 +15,12 @@ one phase follows, "mixture". The same file holds the other ways in:
 
     python train.py --gate=switch --diversify=0.05 --spawn=copy         sparse upcycling within one run
     python train.py --gate=dts --init_from=out-dense                    the first phase is a finished run, or gpt2
-    python train.py --objective=roberta --n_experts=1 --moe_every=1 --out_dir=out-teacher        MoEBERT: a teacher
+    python train.py --objective=roberta --n_experts=1 --out_dir=out-teacher                      MoEBERT: a teacher
     python train.py --objective=roberta --init_from=out-teacher --moe_every=1 --n_experts=4 --gate=hash --distill=1 \
         --spawn=importance --expert_hidden=128 --spawn_ratio=0.67 --out_dir=out-student   the same cut; or --gate=comet
 
 Decisions (the paper's body and code leave these open):
-- The spawn happens at the beginning of a step: a checkpoint after s updates holds the model that made update s - 1.
+- The spawn happens at the beginning of a step: the checkpoint after spawn_step updates still holds one expert.
 - A new model is built and filled, nothing is patched: what does not grow is carried over with its optimizer state. An
   expert inherits the moments of the first one, zero where its mask is, and the step count; the gate starts afresh.
 - A mask is applied once: a zeroed weight may grow again. It is drawn from (seed, layer, expert's global number), so
@@ -34,7 +34,6 @@ Decisions (the paper's body and code leave these open):
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """
 
-import difflib
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ import torch.nn.functional as F
 
 import dist
 from experts import Experts, MoE
-from router import make_gate
+from router import closest, make_gate
 
 SPAWNS = ("mask", "noise", "copy", "importance")  # see offspring
 
@@ -231,10 +230,8 @@ def trained(where, mesh, flag="init_from"):
         return {n: state["config"][n] for n in fields}, {n: state[n] for n in ("model", "vocabulary")}
     if not os.path.isdir(where) and not where.startswith("gpt2"):
         known = ["scratch", "resume", "gpt2"] if flag == "init_from" else ["gpt2"]
-        hit = difflib.get_close_matches(where, known, 1)
-        maybe = f" (did you mean {hit[0]}?)" if hit else ""
-        raise ValueError(f"--{flag}={where} is unknown{maybe}; choose from {', '.join(known)}, or the folder of a "
-                         "dense run")  # fmt: skip
+        raise ValueError(f"--{flag}={where} is unknown{closest(where, known)}; choose from {', '.join(known)}, or the "
+                         "folder of a dense run")  # fmt: skip
     return mesh.on_all(lambda: load_gpt2(where, flag))
 
 

@@ -14,7 +14,8 @@ Everything before the dispatch is a map from G to G. A permutation of experts is
 of each expert set to zero (drop); padding is rows that never reach the gate.
 
 Decisions, with the reason measured on 2 CPU cores at N 8192, D 256, H 1024, k 2 (python tests/bench.py):
-- torch.nn.functional.grouped_mm instead of a loop over experts: see the benchmark for the ratio, it grows with E.
+- torch.nn.functional.grouped_mm instead of a loop over experts: 1.41 dense layers' time against 2.26 at E 64 (both 1.15
+  at E 8).
 - Never an (N, E, C) one-hot tensor: it is quadratic in N (C grows with N).
 - One device sync per layer: nonzero() has to know M (one more with capacity, one with padding). A static (E, C) table
   avoids it, and computes padding instead.
@@ -121,10 +122,10 @@ def drop(G, capacity, priority=None):
         order = by_priority[expert[by_priority].argsort(stable=True)]
         expert, token = expert[order], token[order]
     counts = (G != 0).sum(0)  # (E,); bincount would synchronise
-    place = torch.arange(len(expert), device=G.device) - (counts.cumsum(0) - counts)[expert]  # place in the queue
+    position = torch.arange(len(expert), device=G.device) - (counts.cumsum(0) - counts)[expert]  # in the queue
     capacity = torch.as_tensor(capacity, device=G.device).expand(G.shape[1])
     over = torch.zeros_like(G, dtype=torch.bool)
-    over[token, expert] = place >= capacity[expert]
+    over[token, expert] = position >= capacity[expert]
     return G.masked_fill(over, 0)
 
 
@@ -194,7 +195,7 @@ class MoE(nn.Module):
         take = lambda t: t if t is None or index is None else t.index_select(0, index)
         put = lambda t: t if index is None else t.new_zeros(len(flat), *t.shape[1:]).index_copy(0, index, t)
         domain = take(None if domain is None else domain.reshape(-1))
-        y, aux = self.route(take(flat), take(ids.reshape(-1)), self.place(flat, live, index, domain))
+        y, aux = self.route(take(flat), take(ids.reshape(-1)), self.where(flat, live, index, domain))
         if "log_prob" in aux:
             aux["log_prob"] = put(aux["log_prob"]).view(shape[:-1])
         return put(y).view(shape), aux
@@ -207,7 +208,7 @@ class MoE(nn.Module):
         self.stats |= {"asked": (routing.G.detach() != 0).sum(0), "tokens": len(x)}  # load before the drop
         return y, dict(routing.aux)
 
-    def place(self, x, live, index, domain):
+    def where(self, x, live, index, domain):
         """Where these rows stand in the global batch: rank r holds rows r * n to (r + 1) * n, padding included."""
         mesh, n, device = self.mesh, len(x), x.device
         rows = index

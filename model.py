@@ -13,10 +13,10 @@ Decisions:
 - Layer i is MoE if (i + 1) % moe_every == 0, counted in encoder and decoder separately: every other layer by default.
 - A dense model is the case of one expert: Experts with n = 1 stands where MoE would, and weights are drawn from
   generators keyed by layer and expert, so a dense model and a mixture with the same seed share all that they can.
-- Weights start as GPT-2's, normal(0, 0.02). Encoders have attention and experts with std 1 / sqrt(D) instead: a decoder
-  finds its source, and a mask its neighbours, by position alone at first, and from 0.02 that takes long (D 128: loss
-  of the Translator after 300 steps 2.1 instead of 3.2; a toy that 0.02 leaves at chance for 600 steps is learnt from
-  step 200 on; 2 / sqrt(D) and larger position embeddings are slow again). It made GPT worse (5.90 for 5.66, 100 steps).
+- Weights start as GPT-2's, normal(0, 0.02). RoBERTa and both halves of the Translator have attention and experts with
+  std 1 / sqrt(D) instead: a decoder finds its source, and a mask its neighbours, by position alone at first, and from
+  0.02 that takes long (D 128: loss of the Translator after 300 steps 2.1 instead of 3.2). GPT got worse:
+  5.90 instead of 5.66 after 100 steps.
 - Where the ids of masked tokens meet a gate that routes by token id, see RoBERTa.route_ids.
 
 Letters: B batch, T sequence length, S source length, N = B * T tokens, D width, V vocabulary, E experts.

@@ -22,12 +22,12 @@ Decisions, each learned the hard way by somebody:
 - A top-1 weight is the probability p from the full softmax. Renormalised to 1 it would be a constant: the task loss
   would send the router no gradient at all, only the balance loss would still move it, towards balance and nothing else.
 - Counts (who was chosen) carry no gradient, probabilities do. Counts are taken before capacity drops anybody.
-- Padding never reaches a gate, and capacity is not a gate's business: experts.py takes care of both.
+- Padding never reaches a gate. Most gates leave capacity to experts.py; those whose method has one return it.
 
-Chapters: the interface; top-k and its relatives; balance without a loss; dense to sparse, bits, trees; tables; balanced
-assignment; locality; unbiased samples; a permutation around any gate; an appendix of solvers.
+Chapters: the interface; what several share; top-k and its relatives; balance without a loss; dense to sparse, bits,
+trees; tables; balanced assignment; locality; unbiased samples; a permutation around any gate; an appendix of solvers.
 
-Letters: N tokens, D model width, E experts, k experts per token, V vocabulary. Every tensor says its shape.
+Letters: N tokens, D model width, E experts, k experts per token, V vocabulary. Shapes stand where they change.
 """
 
 import difflib
@@ -76,8 +76,8 @@ class Gate(nn.Module):
     place         where the rows stand in the global batch, see Place; on one process there is nothing to know
 
     What changes over a run is held in 0-dim buffers and filled by set_step, a pure function of the step: so a
-    checkpoint has it, a resumed run has the same, and a compiled forward reads a tensor instead of being compiled for
-    each value.
+    checkpoint has it, a resumed run has the same, and a compiled forward reads a tensor instead of being compiled anew
+    for each value.
     """
 
     looks_ahead = "never"
@@ -539,16 +539,18 @@ class DTS(Gate):
         m = y > bar, and always the k largest;  in the end only these
         G = m * y   (combine=gumbel)   or   m * softmax(x W)   (combine=softmax)
 
-    The schedule, in shares of the steps from the moment that the experts exist: until `dense` the bar is at
-    `threshold`, which keeps nearly all experts on; until `hard` it rises to `tighten`; then m is the k largest. Above
-    0.5 there is room for one expert only, so that nothing jumps at the end. In the dense part tau goes from tau_max to
-    tau_min, and with noise=annealed s from 1 to 0; there is no noise at evaluation. The paper cools a noisy gate
-    (tau_max=2, tau_min=0.3, noise=constant, with which the choice stays a sample of softmax(x W) at any tau) under a
-    fixed bar of 0.001 (tighten=0.001); tests/RESULTS.md says what each knob was worth, and why the defaults are others.
     G is not renormalised: with k = 1 that would leave the router without a gradient. A dropped expert gets no gradient,
-    but comes back when its score does: it is part of the others' softmax. init: scale of W, 1 gives logits of unit
-    variance. reads=id (not in the paper): the logits are a learned table by token id, what Hash reads, with what DTS
-    learns.
+    but comes back when its score does: it is part of the others' softmax. The knobs:
+        dense, hard         shares of the steps, from the moment the experts exist: where the bar begins to rise, and
+                            from where only the k largest count
+        threshold, tighten  the bar at first, which keeps nearly all experts on, and at last; above 0.5 there is room
+                            for one only, so that nothing jumps at the end
+        tau_max, tau_min    temperature at the start and the end of the dense part
+        noise               none; annealed (s from 1 to 0 over the dense part); constant (s = 1). None at evaluation
+        init                scale of W; 1 gives logits of unit variance
+        reads               content; or id: the logits are a learned table by token id, what Hash reads
+    The paper cools a noisy gate under a fixed bar: tau_max=2, tau_min=0.3, noise=constant, tighten=0.001. With constant
+    noise the choice stays a sample of softmax(x W) at any tau. tests/RESULTS.md: what each knob was worth.
 
     Reads: content, or the token id. Balanced by: `balance_loss` of y and m. Looks ahead: never.
     """
@@ -607,7 +609,7 @@ class DTS(Gate):
         self.k = self.least if phase == "hard" else self.E  # for capacity: a dense gate asks every expert
 
     def state(self):
-        return {"phase": self.phase, "tau": float(self.tau)}
+        return {"phase": self.phase, "tau": float(self.tau), "bar": float(self.bar)}
 
     def forward(self, x, ids):
         z = self.weight[ids] if self.by_id else linear(x, self.weight)  # (N, E)
@@ -1502,19 +1504,19 @@ def example(name, step=0):
     ids, vectors = torch.tensor([known.index(word) for word in words]), torch.randn(len(known), 8)
     vectors[known.index("dog")] = vectors[known.index("cat")] + 0.3 * torch.randn(8)  # cats and dogs are much alike
     x = vectors[ids] + 0.2 * torch.randn(8, 8)  # a word is not quite the same twice
-    torch.manual_seed(1)
     gate = make_gate(name, D=8, E=4, V=len(known), counts=ids.bincount(), n_domains=2, steps=100, layer=0, seed=0)
+    torch.manual_seed(1)
     for p in gate.parameters():
-        p.data.normal_()  # an opinion, as after some training
+        p.data.normal_()  # an opinion, as after some training; the same for all gates with one (E, D) weight
     gate.set_step(step)
     return words, gate(x, ids, Place(8, domain=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))).G.detach()
 
 
 def show():
-    """Print G of every gate for the tokens of `example`; a dot is "not sent"."""
-    print(" " * 10 + "".join(f"{word:>6}" for word in example("soft")[0]))
+    """Print G of every gate for the tokens of `example`, transposed: a column is a token, a dot is "not sent"."""
+    print("G^T       " + "".join(f"{word:>6}" for word in example("soft")[0]))
     for name, gate in gates().items():
-        for step in (0, 99) if name == "dts" else (0,):
+        for step in (0, 4, 99) if name == "dts" else (0,):
             G = example(name, step)[1]
             idea, when = " ".join(gate.__doc__.split()), f" at step {step} of 100" if name == "dts" else ""
             print(f"\n{name}{when}: {idea[: idea.find('(')].rstrip(':, ')}")

@@ -29,7 +29,6 @@ Decisions:
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -50,7 +49,7 @@ from data import batches
 from data.files import corpus_folder, prepare_missing
 from data.objectives import OBJECTIVES
 from experts import bars, feed_forward, log_stats
-from router import gates, score_function_term
+from router import closest, gates, score_function_term
 
 
 def flag(default, text, least=None, most=None, one_of=None, heading=None):
@@ -78,19 +77,19 @@ class Config:
 
     n_experts: int = flag(8, "experts per MoE layer; 1 is the dense model", 1, 2**14, heading="The mixture")
     moe_every: int = flag(2, "every how many layers the FFN is a mixture; 1: all", 1)
-    gate: str = flag("dts", "a class of router.py in lower case")
+    gate: str = flag("dts", "a class of router.py in lower case; dts is EvoMoE's")
     k: int = flag(0, "experts per token, for gates that take it; 0: the gate's own default", 0)
     gate_args: str = flag("", 'the gate\'s own knobs, like "balance=0.02,jitter=0"; its class in router.py says which')
     permute: float = flag(0.0, "share of the run that learns a permutation of the experts (COMET+); 0: none", 0, 0.99)
-    capacity_factor: float = flag(0.0, "an expert's slots / fair share, in training; 1.25 is Switch's; 0: no limit", 0)
+    capacity_factor: float = flag(0.0, "slots of an expert = this * its fair share, in training; 0: no limit", 0)
     drop_order: str = flag("", 'who keeps a slot: arrival, choice, score, random; "": the gate\'s own', one_of=ORDERS)
-    groups: int = flag(1, "routing groups per process; groups=W on one process drops and balances as W do", 1)
-    expert_hidden: int = flag(0, "hidden width of an expert if not an FFN's; less is a finer mixture", 0, 2**18)
+    groups: int = flag(1, "routing groups per process; groups=W on one process routes as W processes do", 1)
+    expert_hidden: int = flag(0, "hidden width of an expert; 0: an FFN's; less is a finer mixture", 0, 2**18)
     insist: bool = flag(False, "run a gate that looks at later tokens in a causal model all the same")
 
     diversify: float = flag(-1.0, "share of the run with one expert; -1: the gate's own", -1, 0.99, heading="EvoMoE")
     spawn: str = flag("mask", "how experts come from the first: mask, noise, copy, importance", one_of=evomoe.SPAWNS)
-    spawn_ratio: float = flag(0.3, "masked weights; relative size of the noise; neurons common to all experts", 0, 1)
+    spawn_ratio: float = flag(0.3, "mask: share of zeros; noise: relative std; importance: share common to all", 0, 1)
     distill: float = flag(0.0, "weight of the distillation from a dense teacher, 1 to 5; 0: none", 0)
     teacher: str = flag("", 'out_dir of the teacher\'s run; "": the one in init_from')
 
@@ -101,7 +100,7 @@ class Config:
     min_lr: float = flag(0.1, "final learning rate as a share of the peak", 0, 1)
     schedule: str = flag("cosine", "cosine or inverse_sqrt (Vaswani's)", one_of=("cosine", "inverse_sqrt"))
     warmup: int = flag(200, "steps until the peak, at most half the run; with 50 or 100 the early loss is luck", 0)
-    weight_decay: float = flag(0.1, "on matrices, not on biases, gains and embeddings of positions", 0)
+    weight_decay: float = flag(0.1, "on matrices outside the gates; not on biases, gains, embeddings of positions", 0)
     beta2: float = flag(0.98, "AdamW's; 0.95 to 0.999", 0, 0.999999)
     grad_clip: float = flag(1.0, "global gradient norm; 0: no clipping", 0)
     label_smoothing: float = flag(0.0, "0.1 is usual for translation; the reported loss is without it", 0, 0.99)
@@ -125,7 +124,7 @@ class Config:
     dtype: str = flag("", 'float32, bfloat16; "": bfloat16 on a GPU that can', one_of=("", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile everything but the dispatch")
     ep: int = flag(0, "expert-parallel processes; 0: as many as divide both the processes and the experts", 0)
-    ranks_per_node: int = flag(0, "processes per node; 0 asks torchrun; fewer play several nodes on one machine", 0)
+    ranks_per_node: int = flag(0, "processes per node; 0: torchrun's; fewer play several nodes on one machine", 0)
     two_level: bool = flag(False, "all-to-all inside nodes first, then between them")
     shard_by_domain: bool = flag(False, "each node reads its own domain of the corpus (locality-aware gates need that)")
     timeout: int = flag(600, "seconds until a collective that hangs is given up", 1, 10**6)
@@ -621,7 +620,7 @@ def assemble(cfg, state, mesh):
     run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, None, state.get("step", 0),
               "optimizer" in state)  # fmt: skip
     evomoe.set_step(model, objective.schedule_step(run.first), cfg)
-    total, active = model.n_params()
+    total, active = mixture.n_params()
     run.say(
         note + f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per "
         f"token, {cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}"
@@ -679,11 +678,6 @@ def watched_teacher(run):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
-
-
-def closest(word, words):
-    hit = difflib.get_close_matches(word, words, 1)
-    return f" (did you mean {hit[0]}?)" if hit else ""
 
 
 def parse(argv):

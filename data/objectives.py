@@ -5,8 +5,9 @@ An objective is a class: its defaults, its model, its batches, what is reported 
 trained model shows what it can do. train.py does the same for all of them. To add one, write a class like those below
 and name it in OBJECTIVES, the last line; its parts (windows, masks, pairs) are in data/batches.py. The one rule:
 
-    a batch is a dict of (B, ...) tensors: y holds the targets, -1 where nothing is predicted; every other key is an
-    argument of the model's forward, which returns logits at the positions of the targets, and aux
+    a batch is a dict of (B, ...) tensors: x, and y with the targets, -1 where nothing is predicted. Every key but y is
+    an argument of the model's forward, which also takes pick (B, T), True where there is a target, and returns the
+    logits (M, V) of those positions, and aux
 
 rng is numpy's generator of the step (or of the held-out batch): everything random comes from it. cfg is train.Config.
 """
@@ -20,17 +21,18 @@ import model as models
 from data import batches, samples
 
 
-class Text:
-    """What language modelling, mask filling and classification share: windows of block_size tokens of a corpus of text,
-    cut within its domains (prose, code, ...).
+class Objective:
+    """What all share, and what language modelling, mask filling and classification have: windows of block_size tokens
+    of a corpus of text, cut within its domains (prose, code, ...).
 
     defaults   other defaults than Config's
     kind       of the corpus: "text" or "translation"
     causal     may a token not see later ones? Then gates that do are refused
     continues  name of the objective that this one fine-tunes, when --init_from names a run; None: it takes dense runs
+    in_bytes   report bits per byte of the original text, too?
     """
 
-    kind, causal, continues = "text", False, None
+    kind, causal, continues, in_bytes = "text", False, None, False
 
     def __init__(self, corpus, cfg):
         self.corpus, self.cfg, self.n_domains = corpus, cfg, len(corpus.domains("train"))
@@ -70,7 +72,7 @@ class Text:
 
     def more_metrics(self, split, loss):
         """{name: value} that follow from the loss, in nats per target."""
-        return {}
+        return {"bpb": loss / math.log(2) / self.corpus.bytes_per_token(split)} if self.in_bytes else {}
 
     def to_beat(self, split):
         return f"to beat: {batches.unigram_loss(self.corpus, split):.3f}, the loss of guessing tokens by frequency"
@@ -84,10 +86,10 @@ class Text:
         return {}, self.sample(run, None)
 
 
-class LanguageModelling(Text):
+class LanguageModelling(Objective):
     """GPT: predict the next token."""
 
-    defaults, causal = dict(dataset="stdlib"), True
+    defaults, causal, in_bytes = dict(dataset="stdlib"), True, True
 
     def model(self, cfg, ffn):
         return models.GPT(cfg, self.corpus.V, ffn)
@@ -96,14 +98,11 @@ class LanguageModelling(Text):
         window, domain = batches.windows(self.corpus, split, rows, self.cfg.block_size)
         return dict(x=window[:, :-1], y=window[:, 1:].clone(), domain=domain)
 
-    def more_metrics(self, split, loss):
-        return {"bpb": loss / math.log(2) / self.corpus.bytes_per_token(split)}  # bits per byte of the original text
-
     def sample(self, run, prompt):
         return samples.continue_text(run.model, self.corpus, run.cfg, run.mesh, prompt, run.autocast)
 
 
-class MaskFilling(Text):
+class MaskFilling(Objective):
     """RoBERTa: predict masked tokens from both sides."""
 
     defaults = dict(dataset="stdlib", gate="switch", n_layer=2, block_size=64, batch_size=64, max_steps=1000)
@@ -162,10 +161,10 @@ class Classification(MaskFilling):
         return samples.name_classes(run.model, self.corpus, run.cfg, run.mesh, prompt, run.autocast)
 
 
-class Translation(Text):
+class Translation(Objective):
     """Encoder-decoder translation of sentence pairs."""
 
-    kind, causal = "translation", True
+    kind, causal, in_bytes = "translation", True, True
     defaults = dict(dataset="grammar", gate="switch", n_layer=2, block_size=64, batch_size=64, learning_rate=2e-3,
                     label_smoothing=0.1, max_steps=1200)  # fmt: skip
 
@@ -193,8 +192,6 @@ class Translation(Text):
 
     def part(self, batch):
         return torch.zeros_like(batch["y"])
-
-    more_metrics = LanguageModelling.more_metrics
 
     def to_beat(self, split):
         sizes = {s: (pairs["pairs"], len(self.rows(s))) for s, pairs in self.corpus.meta["splits"].items()}

