@@ -619,8 +619,9 @@ def assemble(cfg, state, mesh):
     autocast = torch.autocast(mesh.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, None, state.get("step", 0),
               "optimizer" in state)  # fmt: skip
-    evomoe.set_step(model, objective.schedule_step(run.first), cfg)
+    evomoe.set_step(mixture, cfg.max_steps, cfg)  # as it will be at the end
     total, active = mixture.n_params()
+    evomoe.set_step(model, objective.schedule_step(run.first), cfg)
     run.say(
         note + f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per "
         f"token, {cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}"
