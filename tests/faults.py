@@ -692,7 +692,7 @@ def at_step(step, action, rank="0"):
     """A fault to put in: action(batch) when the batch of a step has been made, on one rank."""
 
     def before():
-        real = objectives.Text.train_batch
+        real = objectives.Objective.train_batch
 
         def train_batch(self, i, *more):
             batch = real(self, i, *more)
@@ -700,7 +700,7 @@ def at_step(step, action, rank="0"):
                 action(batch)
             return batch
 
-        objectives.Text.train_batch = train_batch
+        objectives.Objective.train_batch = train_batch
 
     return before
 
@@ -823,15 +823,15 @@ def peers(n):
 # The runner
 
 PARTS = {  # the cases, how many of them (the last: with --quick)
-    "kills": (kills, 48, 2),
-    "signals": (signals, 32, 2),
+    "kills": (kills, 48, 1),
+    "signals": (signals, 32, 1),
     "restarts": (restarts, 6, 0),
     "resharding": (resharding, 27, 1),
     "ended": (ended, 8, 1),
-    "checkpoints": (checkpoints, 99, 2),
+    "checkpoints": (checkpoints, 99, 1),
     "flags": (wrong_flags, 999, 10),
     "uses": (uses, 99, 3),
-    "limits": (limits, 99, 2),
+    "limits": (limits, 99, 1),
     "corpora": (corpora, 99, 3),
     "forbidden": (forbidden, 99 * (os.geteuid() == 0), 2 * (os.geteuid() == 0)),  # root only can become somebody else
     "numbers": (numbers, 99, 3),
