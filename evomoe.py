@@ -195,10 +195,11 @@ def importance(dense, losses):
     dense.eval()
     ffns = {name: m for name, m in dense.named_modules() if isinstance(m, Experts)}
     score = {name: 0.0 for name in ffns}
+    matrices = {name: [p for p in f.parameters() if p.dim() == 3] for name, f in ffns.items()}  # (1, H, D) each
     for loss in losses:
-        grads = iter(torch.autograd.grad(loss, [w for f in ffns.values() for w in (f.w1, f.w2)]))
-        for name, f in ffns.items():
-            score[name] += ((f.w1 * next(grads)).sum(2) + (f.w2 * next(grads)).sum(2))[0].detach().abs()
+        grads = iter(torch.autograd.grad(loss, [p for ps in matrices.values() for p in ps]))
+        for name, ps in matrices.items():
+            score[name] += sum((p * next(grads)).sum(2) for p in ps)[0].detach().abs()
     return score
 
 

@@ -188,7 +188,7 @@ class Model(nn.Module):
         matrices = {name: p.numel() for name, p in shared if multiplied(name, p)}
         head = sum(n for name, n in matrices.items() if name in ("wte.weight", "dense.weight"))
         blocks = sum(n for name, n in matrices.items() if name.startswith(("stack.", "encoder.", "decoder.")))
-        per_row = sum(p[0].numel() for m in self.moes() for p in (m.experts.w1, m.experts.w2))
+        per_row = sum(p[0].numel() for m in self.moes() for p in m.experts.parameters() if p.dim() == 3)
         scores = sum(2 * T * self.cfg.n_embd for m in self.modules() if isinstance(m, Attention))
         return 2 * (blocks + experts_per_token * per_row + scores + targets * head)
 

@@ -370,6 +370,8 @@ def say_what_to_expect(run):
     run.objective.train_batch(run.first, run.mesh.n_nodes)
     run.objective.rows(val)
     run.say(run.objective.to_beat(val))
+    if run.first == run.cfg.max_steps:
+        run.say(f"nothing is left to train at step {run.first}: --max_steps=MORE goes on")
 
 
 def describe(run, done, batch, task, aux):
@@ -688,7 +690,8 @@ def parse(argv):
     for arg in argv:
         name, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or name not in kinds:
-            raise ValueError(f"unknown argument {arg}{closest(name, kinds)}; flags look like --name=value; see --help")
+            hint = " (did you mean --init_from=resume?)" if name == "resume" else closest(name, kinds)
+            raise ValueError(f"unknown argument {arg}{hint}; flags look like --name=value; see --help")
         kind = kinds[name]
         if not equals and kind is not bool:
             raise ValueError(f"--{name} needs a value: --{name}=VALUE ({kind.__name__})")

@@ -42,7 +42,7 @@ from runs import (
     (["--n_layer=2.5"], ["--n_layer=2.5", "int", "default is 4"]),
     (["--learning_rate=fast"], ["--learning_rate=fast", "float"]),
     (["--bias=maybe"], ["--bias=maybe", "bool"]),
-    (["--objective=gtp"], ["--objective=gtp", "did you mean gpt?", "classify, gpt, roberta, translation"]),
+    (["--objective=gtp"], ["--objective=gtp", "did you mean gpt?", "classify, gpt"]),
     (["--gate=swich"], ["--gate=swich", "did you mean switch?", "topk"]),
     (["--gate=switch", "--gate_args=jiter=1"], ["jiter", "did you mean jitter?"]),
     (["--gate=switch", "--gate_args=jitter=high"], ["jitter=high", "float"]),

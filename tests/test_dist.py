@@ -652,9 +652,9 @@ DESERTER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch, dist
-mesh = dist.init(8, timeout=2, device="cpu")
+mesh = dist.init(8, timeout=3, device="cpu")
 if mesh.rank == 1:
-    time.sleep(5 if sys.argv[2] == "hangs" else 0)
+    time.sleep(6 if sys.argv[2] == "hangs" else 0)
     os._exit(0)
 try:
     mesh.barrier()
