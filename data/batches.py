@@ -76,7 +76,8 @@ def random_starts(corpus, cfg, rng, n_nodes):
     T, B, domains = cfg.block_size, cfg.batch_size, corpus.domains("train")
     room = np.array([max(end - start - T, 0) for _, start, end in domains])  # windows per domain
     if not room.sum():
-        raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {T} tokens: lower --block_size")
+        raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {T} tokens: lower "
+                         "--block_size")  # fmt: skip
     which = rng.choice(len(domains), size=B, p=room / room.sum())
     if cfg.shard_by_domain:
         if n_nodes < 2 or not room.all():
@@ -91,7 +92,8 @@ def eval_starts(corpus, split, T, most=0):
     """Starts of non-overlapping windows of a held-out split, never random: `most` of them, evenly spread; 0: all."""
     starts = [s for _, start, end in corpus.domains(split) for s in range(start, end - T, T)]
     if not starts:
-        raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens: lower --block_size")
+        raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens: lower "
+                         "--block_size")  # fmt: skip
     n = min(len(starts), most or len(starts))
     return [starts[i * len(starts) // n] for i in range(n)]
 

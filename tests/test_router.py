@@ -2095,4 +2095,4 @@ def test_the_printout_shows_every_gate(capsys):
     router.show()
     shown = capsys.readouterr().out
     assert all(f"\n{name}" in shown for name in GATES)
-    assert len(shown.splitlines()) == 1 + 6 * (len(GATES) + 2)  # the words; an idea and four experts each; dts three times
+    assert len(shown.splitlines()) == 1 + 6 * (len(GATES) + 2)  # an idea and four experts each; dts thrice
