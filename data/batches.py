@@ -92,8 +92,8 @@ def eval_starts(corpus, split, T, most=0):
     """Starts of non-overlapping windows of a held-out split, never random: `most` of them, evenly spread; 0: all."""
     starts = [s for _, start, end in corpus.domains(split) for s in range(start, end - T, T)]
     if not starts:
-        raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens: lower "
-                         "--block_size")  # fmt: skip
+        raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens: "
+                         "lower --block_size")  # fmt: skip
     n = min(len(starts), most or len(starts))
     return [starts[i * len(starts) // n] for i in range(n)]
 
