@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import math
+import types
 
 import pytest
 import torch
@@ -301,6 +302,26 @@ def test_gpt2_weights(tmp_path, monkeypatch):
         other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**config2.to_dict(), name: value}))
         with pytest.raises(ValueError, match=f"{name}={value!r}"):
             evomoe.from_gpt2(other)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(activation_function="relu"),
+        dict(scale_attn_weights=False),
+        dict(scale_attn_by_inverse_layer_idx=True),
+        dict(layer_norm_epsilon=1e-3),
+        dict(tie_word_embeddings=False),
+        dict(add_cross_attention=True),
+    ],
+)
+def test_a_gpt2_of_another_kind_is_refused_by_name(setting):
+    """Its logits would differ in silence. The model is made up here: transformers need not be installed."""
+    c = types.SimpleNamespace(n_layer=0, n_head=2, n_embd=4, n_inner=None, **setting)
+    theirs = types.SimpleNamespace(config=c, transformer=types.SimpleNamespace(state_dict=dict))
+    (name, value), *_ = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        evomoe.from_gpt2(theirs)
 
 
 def test_gpt2_without_transformers_is_one_line(monkeypatch):
