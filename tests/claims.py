@@ -317,12 +317,6 @@ def one_seed(name, claim, seed, a, places):
             n = round(steps(logs[ratio[2]]) * seconds(logs[ratio[1]]) / seconds(logs[ratio[2]]))
             argv = argv.replace(ratio[0], "") + f" --max_steps={max(1, n)}"
         argv = re.sub(r"\{(\w+)\}", lambda m: places[m[1]], argv).split()
-        if a.quick and "classify" in argv[-1] + " ".join(argv):  # its shape is the pre-trained model's
-            argv = [
-                f
-                for f in argv
-                if not re.match("--(n_layer|n_embd|block_size)=", f) or "--init_from" not in " ".join(argv)
-            ]
         if (log := finished(folder)) is None:
             shutil.rmtree(folder, ignore_errors=True)
             argv += [f"--out_dir={folder}", "--save_every=0", "--sample_tokens=1"]
