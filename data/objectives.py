@@ -126,7 +126,8 @@ class MaskFilling(Objective):
 
 class Classification(MaskFilling):
     """Which domain is a passage from? A RoBERTa of its own, or, with --init_from, a trained one. It stands where GLUE
-    stands in the paper, on data that every Python has."""
+    stands in the paper, on data that every Python has. Pre-training of a few minutes does not pay here, not even with
+    50 labelled passages (tests/RESULTS.md): use it to see fine-tuning, not what pre-training is for."""
 
     continues = "roberta"
     defaults = dict(dataset="stdlib/packages", gate="switch", n_layer=2, block_size=64, batch_size=64, dropout=0.1,
