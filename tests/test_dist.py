@@ -643,7 +643,7 @@ import torch, dist
 mesh = dist.init(8, timeout=30, device="cpu")
 for error in (dist.EverybodysError("common"), ValueError(f"of rank {mesh.rank}"), dist.OwnError(f"own {mesh.rank}")):
     if dist.speaks_for(error):
-        os.write(1, f"says {error}\n".encode())  # in one piece: two processes share the pipe
+        os.write(1, f"says {error}\\n".encode())  # in one piece: two processes share the pipe
 mesh.close()
 """
 
