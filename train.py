@@ -447,9 +447,8 @@ class Log:
     def begin(self):
         run, lines, old = self.run, [], dist.checkpoints(self.run.cfg.out_dir)
         if not run.resumed and old:
-            raise ValueError(f"{run.cfg.out_dir} holds checkpoints of an earlier run ({old[-1].name}): continue "
-                             f"it with "
-                             "--init_from=resume, choose another --out_dir, or delete them")  # fmt: skip
+            raise ValueError(f"{run.cfg.out_dir} holds checkpoints of an earlier run ({old[-1].name}): continue it "
+                             "with --init_from=resume, choose another --out_dir, or delete them")  # fmt: skip
         try:
             if run.resumed and os.path.exists(self.path):
                 with open(self.path, errors="replace") as f:
@@ -609,7 +608,7 @@ def assemble(cfg, state, mesh):
     torch.manual_seed(cfg.seed)
     build = functools.partial(build_model, cfg, objective, mesh, n_domains)
     model = mixture = build(cfg.n_experts)  # also before a spawn: wrong knobs of a gate should stop the run now
-    if evomoe.is_dense(state) if state else cfg.diversify > 0:
+    if cfg.n_experts > 1 and (evomoe.is_dense(state) if state else cfg.diversify > 0):
         model = build(1)
     note = check_causality(cfg, objective, mixture)
     optimizer = make_optimizer(model, cfg)
@@ -621,9 +620,10 @@ def assemble(cfg, state, mesh):
     autocast = torch.autocast(mesh.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, None, state.get("step", 0),
               "optimizer" in state)  # fmt: skip
-    evomoe.set_step(mixture, cfg.max_steps, cfg)  # as it will be at the end
-    total, active = mixture.n_params()
     evomoe.set_step(model, objective.schedule_step(run.first), cfg)
+    if mixture is not model:
+        evomoe.set_step(mixture, cfg.max_steps, cfg)  # the experts to come, as they will end
+    total, active = mixture.n_params()
     run.say(
         note + f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per "
         f"token, {cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}"

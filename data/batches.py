@@ -27,6 +27,7 @@ class Corpus:
         self.V = self.meta["vocab_size"]
         self.splits = {s: load_split(folder, self.meta, s) for s in splits if s in self.meta["splits"]}
 
+    @functools.cache
     def counts(self):
         """(V,) how often each token occurs in the training text."""
         train = self.splits["train"]
@@ -170,8 +171,8 @@ def majority(corpus, split, T):
 
 def unigram_loss(corpus, split):
     """Nats per token of a model that knows only how frequent tokens are: what any model must beat."""
-    tokens = lambda s: corpus.splits[s] if corpus.meta["kind"] == "text" else corpus.splits[s].tgt
-    train, held = tokens("train"), tokens(split)
-    p = np.bincount(train, minlength=corpus.V) + 1.0
-    p /= p.sum()
+    text, held = corpus.meta["kind"] == "text", corpus.splits[split]
+    p = corpus.counts() if text else np.bincount(corpus.splits["train"].tgt, minlength=corpus.V)
+    p = (p + 1.0) / (p + 1.0).sum()
+    held = held if text else held.tgt
     return float(-np.log(p)[np.asarray(held)].mean())
