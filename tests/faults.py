@@ -21,7 +21,6 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ import model
 from data import objectives
 from data.bpe import Tokenizer
 from data.files import write_pairs, write_text
+from ranks import free_port
 
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=12 --warmup=2 --eval_every=5 "
         "--eval_batches=2 --log_every=1 --save_every=3 --sample_tokens=5 --bleu_sentences=2 --beams=2 "
@@ -103,9 +103,7 @@ class Command:
     """`python train.py ARGV` in `folder`, or `world` of them as torchrun would start them."""
 
     def __init__(self, argv, folder, world=1, before=nothing, env={}, ranks=None):
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = s.getsockname()[1]
+        port = free_port()
         self.said = Path(tempfile.mkdtemp(dir=CORPORA))
         self.processes = []
         for rank in range(world) if ranks is None else ranks:

@@ -1,8 +1,11 @@
 """run_ranks: a function on W forked processes with a gloo group, in a fraction of a second a launch."""
 
+import random
+import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +15,16 @@ import torch.distributed as td
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for bench.py, which pytest does not start
+
+
+def free_port():
+    """A port for a master that is started later. It lies below the range from which systems deal out the other ends of
+    connections (gloo's, for one), so that none of those takes it in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("localhost", port))
+            return port
 
 
 def _child(rank, world, folder, timeout, fn, args):

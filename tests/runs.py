@@ -11,7 +11,6 @@ import re
 import resource
 import runpy
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ import torch.multiprocessing as mp
 import dist
 import train
 from data.bpe import Tokenizer
+from ranks import free_port
 
 ROOT = Path(train.__file__).parent
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=6 --warmup=2 --eval_every=0 "
@@ -107,12 +107,6 @@ class Command:
         while not re.search(pattern, self.text("stdout")):
             assert time.time() < end and self.processes[0].is_alive(), self.text("stdout") + self.text("stderr")
             time.sleep(0.05)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def run(argv, cwd, **more):
