@@ -36,6 +36,7 @@ Decisions, each with what was measured (2 CPU cores, gloo) or what went wrong el
 Letters: D model width, E experts, M rows (a token sent to k experts is k rows), W ranks.
 """
 
+import ctypes
 import os
 import re
 import tempfile
@@ -281,6 +282,17 @@ def check_device(name):
         )
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device=mps: there is no usable Apple GPU here; --device=cpu always works")
+
+
+def keep_memory():
+    """Let malloc keep what a step frees for the next one: giving large blocks back to the kernel and taking them anew
+    is 4 % of a step's time. Does nothing where there is no glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is trimmed below 2 GiB
 
 
 def environment():

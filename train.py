@@ -763,6 +763,7 @@ def score(run, given):
 
 def main(argv):
     given = parse(argv)
+    dist.keep_memory()
     try:
         run = set_up(given)
     except dist.OwnError:
