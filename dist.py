@@ -37,9 +37,12 @@ Letters: D model width, E experts, M rows (a token sent to k experts is k rows),
 """
 
 import ctypes
+import json
 import os
 import re
+import signal
 import tempfile
+import time
 import zipfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -314,8 +317,9 @@ def environment():
     return rank, world, slot, slots
 
 
-def init(n_experts, ep=0, ranks_per_node=0, timeout=600, device=None, two_level=False):
-    """Mesh from torchrun's environment; without it the single process.
+def init(ranks_per_node=0, timeout=600, device=None):
+    """Join the other ranks that torchrun's environment names; without it the single process. -> Mesh of that many
+    ranks that share nothing yet: lay_out places the experts.
 
     NCCL when there is a GPU for every local rank, else gloo (on the CPU unless device says "cuda"). A hanging
     collective ends after `timeout` seconds. ValueError, the same on every rank, when the numbers do not fit; OwnError
@@ -324,17 +328,26 @@ def init(n_experts, ep=0, ranks_per_node=0, timeout=600, device=None, two_level=
     gpus = torch.cuda.device_count() if "cuda" in str(device or "cuda") else 0
     here = environment()
     if here is None:
-        layout(1, n_experts, ep, ranks_per_node, two_level)
+        layout(1, 1, 0, ranks_per_node)
         return Mesh(device=torch.device(device or ("cuda" if gpus else "cpu")))
     rank, world, slot, slots = here
-    ep, ranks_per_node = layout(world, n_experts, ep, ranks_per_node or slots, two_level)
+    _, ranks_per_node = layout(world, 1, 0, ranks_per_node or slots)
     if device == "mps" and world > 1:
         raise ValueError("--device=mps works on one process only: gloo cannot send its tensors")
     if gpus >= slots or (gpus and device):
         device = f"cuda:{slot % gpus}"  # two NCCL ranks cannot share a GPU, two gloo ranks can
         torch.cuda.set_device(device)
     join(rank, world, "nccl" if gpus >= slots else "gloo", timedelta(seconds=timeout))
-    return make_mesh(rank, world, n_experts, ep, ranks_per_node, device or "cpu", two_level, timeout)
+    return Mesh(rank, world, 1, ranks_per_node, torch.device(device or "cpu"), process_groups={"world": None})
+
+
+def lay_out(mesh, n_experts, ep=0, two_level=False, timeout=600):
+    """The mesh that init gave, with the experts spread over its ranks. ValueError, the same on every rank, when the
+    numbers do not fit."""
+    layout(mesh.world, n_experts, ep, mesh.ranks_per_node, two_level)
+    if mesh.world == 1:
+        return mesh
+    return make_mesh(mesh.rank, mesh.world, n_experts, ep, mesh.ranks_per_node, mesh.device, two_level, timeout)
 
 
 def join(rank, world, backend, limit):
@@ -748,6 +761,24 @@ def restarted(folder):
     return found is not None and found[1].get("launch") == launch()
 
 
+def stop_on_signals():
+    """Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint: -> a list that is then not
+    empty. Sent again after two seconds it ends at once; before that it is torchrun forwarding what the worker got
+    itself."""
+    asked = []
+
+    def handle(number, frame):
+        if asked and time.monotonic() - asked[0] > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        asked.append(time.monotonic())
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), handle)
+    return asked
+
+
 def lock(folder):
     """Lock a run's folder (made if missing) until .close() of what is returned, or until the process ends, however it
     ends. ValueError if another run has it, OSError if it cannot be written to."""
@@ -771,3 +802,54 @@ def lock(folder):
     except OSError:
         pass  # a file system without locks
     return held
+
+
+class Log:
+    """folder/log.jsonl, written by rank 0: one JSON object a line. The folder is locked while it is open, and a run
+    resumed at `step` (None: a fresh one) cuts off what its checkpoint does not know of. ValueError if the folder is
+    another run's, OSError if it cannot be written to."""
+
+    def __init__(self, folder, mesh, step):
+        self.folder, self.main, self.step = folder, mesh.main, step
+        self.path = os.path.join(folder, "log.jsonl")
+        self.lock = mesh.on_all(lambda: lock(folder) if mesh.main else None)
+        mesh.on_main(self.begin)
+
+    def begin(self):
+        lines, old = [], checkpoints(self.folder)
+        if self.step is None and old:
+            raise ValueError(f"{self.folder} holds checkpoints of an earlier run ({old[-1].name}): continue it "
+                             "with --init_from=resume, choose another --out_dir, or delete them")  # fmt: skip
+        try:
+            if self.step is not None and os.path.exists(self.path):
+                with open(self.path, errors="replace") as f:
+                    lines = [line for line in f if self.known(line)]
+            with open(self.path + ".tmp", "w") as f:
+                f.writelines(lines)
+            os.replace(self.path + ".tmp", self.path)
+        except OSError as e:
+            raise OSError(f"cannot write {self.path} ({e.strerror}): move it away or name another --out_dir") from None
+
+    def known(self, line):
+        """Is it whole, not later than the checkpoint, and nothing that the end of the run writes again?"""
+        try:
+            entry = json.loads(line)
+            return line.endswith("\n") and entry["step"] <= self.step and "final" not in entry
+        except (ValueError, KeyError, TypeError):
+            return False  # a crash or a full disk tore it
+
+    def __call__(self, entry):
+        if self.main:
+            try:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(entry) + "\n")
+            except OSError as e:
+                raise OSError(f"cannot write {self.path}: {e.strerror}. Checkpoints are untouched; mend it and "
+                              "continue with --init_from=resume") from None  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.lock:
+            self.lock.close()

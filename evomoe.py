@@ -40,11 +40,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import dist
+from data.flags import closest
 from experts import Experts, MoE
-from router import closest, make_gate
+from router import make_gate
 
 SPAWNS = ("mask", "noise", "copy", "importance")  # see offspring
 
@@ -219,6 +219,32 @@ def split(score, n_experts, width, share):
 # Starting from trained weights
 
 
+MODEL_FIELDS = ("objective n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k "
+                "gate_args permute expert_hidden").split()  # fmt: skip
+
+
+def agree(given, fields, where):
+    """ValueError if flags contradict what trained weights need, a config or a part of it."""
+    differ = [f"{n}={given[n]!r} (there: {fields[n]!r})" for n in MODEL_FIELDS
+              if n in given and n in fields and given[n] != fields[n]]  # fmt: skip
+    if differ:
+        raise ValueError(f"{where} is from another config: {', '.join(differ)}; drop these flags, or choose another "
+                         "--out_dir")  # fmt: skip
+
+
+def whole(where, objective, mesh):
+    """A model to fine-tune, trained for `objective`: like `trained`, but all of it, a mixture with its gates."""
+    path, state = dist.newest(where, mesh)
+    config = state["config"]
+    if config["objective"] != objective:
+        raise ValueError(f"--init_from={where}: {path} is a model for {config['objective']}, fine-tuning needs "
+                         f"--objective={objective}")  # fmt: skip
+    fields = {name: config[name] for name in [*MODEL_FIELDS, "capacity_factor", "drop_order", "seed"]}
+    del fields["objective"]
+    fields["n_experts"] = 1 if is_dense(state) else fields["n_experts"]
+    return fields, {name: state[name] for name in ("model", "n_domains", "vocabulary") if name in state}
+
+
 def trained(where, mesh, flag="init_from"):
     """Weights to start from: the out_dir of a dense run of this project, or GPT-2 by name (gpt2, gpt2-medium, ...) or
     folder, if the package transformers is installed. -> {Config field: value} that they need, {"model": {name: tensor},
@@ -284,6 +310,41 @@ def from_gpt2(gpt2):
     return fields, ours
 
 
+def to_gpt2(state):
+    """The inverse, for a dense checkpoint (dist.find's state) of --objective=gpt: -> {GPT2Config setting: value},
+    {name: tensor}, exact. Biases that our model does not have are zeros there. ValueError for any other checkpoint."""
+    c, ours = state["config"], state["model"]
+    if not is_dense(state) or c["objective"] != "gpt":
+        raise ValueError(f"a GPT-2 is a dense run of --objective=gpt, this is one of {c['objective']} with "
+                         f"{c['n_experts']} experts")  # fmt: skip
+    V, D = ours["wte.weight"].shape
+    H = ours["stack.blocks.0.ffn.w1"].shape[1]
+    shape = dict(vocab_size=V, n_positions=len(ours["wpe.weight"]), n_embd=D, n_inner=H)
+    how = dict(n_layer=c["n_layer"], n_head=c["n_head"], bos_token_id=None, eos_token_id=None,
+               activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c["activation"]])  # fmt: skip
+
+    def get(name, zeros):
+        return ours.get(name, torch.zeros(zeros))
+
+    theirs = {name: ours[name] for name in ("wte.weight", "wpe.weight")}
+    theirs |= {"ln_f.weight": ours["stack.ln.weight"], "ln_f.bias": get("stack.ln.bias", D)}
+    for i in range(c["n_layer"]):
+        a, b = f"h.{i}.", f"stack.blocks.{i}."
+        for part in ("weight", "bias"):
+            theirs |= {f"{a}ln_{n}.{part}": get(f"{b}ln{n}.{part}", D) for n in (1, 2)}
+        q, kv, out = (ours[f"{b}attn.{name}.weight"] for name in ("q", "kv", "out"))  # (out, in); theirs: (in, out)
+        theirs |= {f"{a}attn.c_attn.weight": torch.cat([q, kv]).t(), f"{a}attn.c_proj.weight": out.t()}
+        biases = get(f"{b}attn.q.bias", D), get(f"{b}attn.kv.bias", 2 * D)
+        theirs |= {f"{a}attn.c_attn.bias": torch.cat(biases), f"{a}attn.c_proj.bias": get(f"{b}attn.out.bias", D)}
+        theirs |= {f"{a}mlp.c_fc.weight": ours[f"{b}ffn.w1"][0].t(), f"{a}mlp.c_proj.weight": ours[f"{b}ffn.w2"][0]}
+        theirs |= {
+            f"{a}mlp.c_fc.bias": get(f"{b}ffn.b1", (1, H))[0],
+            f"{a}mlp.c_proj.bias": get(f"{b}ffn.b2", (1, D))[0],
+        }
+    theirs = {f"transformer.{name}": t.contiguous() for name, t in theirs.items()}
+    return shape | how, theirs | {"lm_head.weight": ours["wte.weight"]}
+
+
 def load_weights(model, weights, mesh):
     """Put the weights of another run into a model. Positions beyond block_size are left out; tokens that the weights do
     not know (special tokens of our corpora, the last ids) and a classifier's head keep their initialisation. ValueError
@@ -301,6 +362,18 @@ def load_weights(model, weights, mesh):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distillation from the dense teacher
+
+
+def teacher(cfg, build, mesh):
+    """The dense model that a distilled one follows, from the run that the config names; build: train.build_model for a
+    number of experts."""
+    cfg.teacher = cfg.teacher or cfg.init_from
+    _, state = trained(cfg.teacher, mesh, "teacher")
+    teacher = build(1).eval().requires_grad_(False)
+    if not hasattr(teacher, "stack"):
+        raise ValueError(f"--distill={cfg.distill} works for one stack of blocks, not for an encoder and a decoder")
+    load_weights(teacher, state["model"], mesh)
+    return teacher
 
 
 @contextmanager

@@ -284,6 +284,21 @@ def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
     return MoE(gate, experts, mesh, cfg.capacity_factor, cfg.drop_order, cfg.groups)
 
 
+def check_causality(moes, causal, cfg):
+    """ValueError for a gate that looks at later tokens even at evaluation, in a causal model; -> a note for one that
+    does so in training."""
+    if not causal or not moes:
+        return ""
+    moe = moes[0]
+    what = f"--gate={cfg.gate} (drop order: {moe.drop_order})"
+    if moe.gate.looks_ahead == "always" and not cfg.insist:
+        raise ValueError(f"{what} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist "
+                         "to do it all the same)")  # fmt: skip
+    if moe.gate.looks_ahead != "never" or (cfg.capacity_factor and moe.drop_order != "arrival"):
+        return f"note: {what} looks at later tokens in training; evaluation does not\n"
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the log shows about the layers
 

@@ -30,7 +30,6 @@ trees; tables; balanced assignment; locality; unbiased samples; a permutation ar
 Letters: N tokens, D model width, E experts, k experts per token, V vocabulary. Shapes stand where they change.
 """
 
-import difflib
 import heapq
 import inspect
 import math
@@ -41,6 +40,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from data.flags import closest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The interface
@@ -173,12 +174,6 @@ def gates():
     """{name: class} of every gate in this file; the name is the class name in lower case."""
     classes = [c for c in globals().values() if isinstance(c, type) and issubclass(c, Gate) and c is not Gate]
     return {c.__name__.lower(): c for c in classes}
-
-
-def closest(word, words):
-    """ " (did you mean ...?)", or nothing."""
-    hit = difflib.get_close_matches(word, words, 1)
-    return f" (did you mean {hit[0]}?)" if hit else ""
 
 
 def make_gate(name, args="", k=0, **offered):

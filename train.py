@@ -30,10 +30,8 @@ Decisions:
 
 import dataclasses
 import functools
-import json
 import math
 import os
-import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -46,16 +44,11 @@ import torch.nn.functional as F
 import dist
 import evomoe
 from data import batches
-from data.files import corpus_folder, prepare_missing
-from data.objectives import OBJECTIVES
-from experts import bars, feed_forward, log_stats
-from router import closest, gates, score_function_term
-
-
-def flag(default, text, least=None, most=None, one_of=None, heading=None):
-    """A field of Config: its default, what --help says, the values it takes (ends included), the heading above it."""
-    about = dict(text=text, least=least, most=most, one_of=one_of, heading=heading)
-    return dataclasses.field(default=default, metadata=about)
+from data.files import prepare_missing
+from data.flags import check, flag, help_text, parse
+from data.objectives import OBJECTIVES, Objective, open_objective
+from experts import bars, check_causality, feed_forward, log_stats
+from router import gates, score_function_term
 
 
 ORDERS = ("", "arrival", "choice", "score", "random")  # experts.drop_priority
@@ -63,7 +56,8 @@ ORDERS = ("", "arrival", "choice", "score", "random")  # experts.drop_priority
 
 @dataclass
 class Config:
-    objective: str = flag("gpt", "gpt, roberta, classify (fine-tuning a RoBERTa), translation", heading="What to learn")
+    objective: str = flag("gpt", "gpt, roberta, classify (fine-tuning a RoBERTa), translation", one_of=OBJECTIVES,
+                          heading="What to learn")  # fmt: skip
     dataset: str = flag("", 'a folder under data/; "": stdlib, or grammar for translation, no download')
 
     n_layer: int = flag(4, "blocks (in encoder and decoder each, for translation)", 1, 1000, heading="The Transformer")
@@ -77,7 +71,7 @@ class Config:
 
     n_experts: int = flag(8, "experts per MoE layer; 1 is the dense model", 1, 2**14, heading="The mixture")
     moe_every: int = flag(2, "every how many layers the FFN is a mixture; 1: all", 1)
-    gate: str = flag("dts", "a class of router.py in lower case; dts is EvoMoE's")
+    gate: str = flag("dts", "a class of router.py in lower case; dts is EvoMoE's", one_of=gates())
     k: int = flag(0, "experts per token, for gates that take it; 0: the gate's own default", 0)
     gate_args: str = flag("", 'the gate\'s own knobs, like "balance=0.02,jitter=0"; its class in router.py says which')
     permute: float = flag(0.0, "share of the run that learns a permutation of the experts (COMET+); 0: none", 0, 0.99)
@@ -264,7 +258,7 @@ class Run:
     """Everything a run consists of; the set-up below makes it."""
 
     cfg: Config
-    objective: "Objective"
+    objective: Objective
     mesh: dist.Mesh
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -289,14 +283,14 @@ def train(run):
     """A whole run: what to expect, the loop, the last words."""
     say_what_to_expect(run)
     clock = Clock(run.first, run.cfg.max_steps)
-    with Log(run) as log:
+    with dist.Log(run.cfg.out_dir, run.mesh, run.first if run.resumed else None) as log:
         if loop(run, log, clock):
             finish(run, log, clock)
 
 
 def loop(run, log, clock):
     """-> True at the end, False if somebody stopped it before."""
-    cfg, mesh, objective, stop = run.cfg, run.mesh, run.objective, stop_on_signals()
+    cfg, mesh, objective, stop = run.cfg, run.mesh, run.objective, dist.stop_on_signals()
     val = objective.corpus.held_out()[0]
     run.model.train()
     net = run.compiled()
@@ -435,73 +429,6 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-class Log:
-    """out_dir/log.jsonl, written by rank 0: one JSON object a line. The folder is locked while it is open, and a
-    resumed run cuts off what its checkpoint does not know of. ValueError if the folder is another run's."""
-
-    def __init__(self, run):
-        self.run, self.path = run, os.path.join(run.cfg.out_dir, "log.jsonl")
-        self.lock = run.mesh.on_all(lambda: dist.lock(run.cfg.out_dir) if run.mesh.main else None)
-        run.mesh.on_main(self.begin)
-
-    def begin(self):
-        run, lines, old = self.run, [], dist.checkpoints(self.run.cfg.out_dir)
-        if not run.resumed and old:
-            raise ValueError(f"{run.cfg.out_dir} holds checkpoints of an earlier run ({old[-1].name}): continue it "
-                             "with --init_from=resume, choose another --out_dir, or delete them")  # fmt: skip
-        try:
-            if run.resumed and os.path.exists(self.path):
-                with open(self.path, errors="replace") as f:
-                    lines = [line for line in f if self.known(line)]
-            with open(self.path + ".tmp", "w") as f:
-                f.writelines(lines)
-            os.replace(self.path + ".tmp", self.path)
-        except OSError as e:
-            raise OSError(f"cannot write {self.path} ({e.strerror}): move it away or name another --out_dir") from None
-
-    def known(self, line):
-        """Is it whole, not later than the checkpoint, and nothing that the end of the run writes again?"""
-        try:
-            entry = json.loads(line)
-            return line.endswith("\n") and entry["step"] <= self.run.first and "final" not in entry
-        except (ValueError, KeyError, TypeError):
-            return False  # a crash or a full disk tore it
-
-    def __call__(self, entry):
-        if self.run.mesh.main:
-            try:
-                with open(self.path, "a") as f:
-                    f.write(json.dumps(entry) + "\n")
-            except OSError as e:
-                raise OSError(f"cannot write {self.path}: {e.strerror}. Checkpoints are untouched; mend it and "
-                              "continue with --init_from=resume") from None  # fmt: skip
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.lock:
-            self.lock.close()
-
-
-def stop_on_signals():
-    """Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint: -> a list that is then not
-    empty. Sent again after two seconds it ends at once; before that it is torchrun forwarding what the worker got
-    itself."""
-    asked = []
-
-    def handle(number, frame):
-        if asked and time.monotonic() - asked[0] > 2:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        asked.append(time.monotonic())
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), handle)
-    return asked
-
-
 def save(run, step):
     """out_dir/ckpt_STEP.pt; the last two are kept."""
     cfg, model = run.cfg, run.model
@@ -522,7 +449,7 @@ def resumed(given, mesh):
     """The newest checkpoint in out_dir. Flags win over its config, but not where they would change the model."""
     out_dir = configure(given).out_dir
     path, state = dist.newest(out_dir, mesh)
-    agree(given, {name: state["config"][name] for name in MODEL_FIELDS if name in state["config"]}, path)
+    evomoe.agree(given, state["config"], path)
     of_this_start = "init_from eval_only sample device ep ranks_per_node two_level timeout".split()
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
     cfg = configure({**given, "out_dir": out_dir}, old)  # where it was found, not where it was written
@@ -539,42 +466,19 @@ def from_trained(given, mesh):
     """Weights of another run: a dense one, from which experts are spawned, or all of the model that this objective
     fine-tunes."""
     cfg = configure(given)
-    where, continues = cfg.init_from, OBJECTIVES[cfg.objective].continues
-    if continues:
-        path, state = dist.newest(where, mesh)
-        if state["config"]["objective"] != continues:
-            raise ValueError(f"--init_from={where}: {path} is a model for {state['config']['objective']}, fine-tuning "
-                             f"needs --objective={continues}")  # fmt: skip
-        fields = {name: state["config"][name] for name in MODEL_FIELDS if name != "objective"}
-        fields["n_experts"] = 1 if evomoe.is_dense(state) else fields["n_experts"]
-        del state["optimizer"]  # and its step: this run begins with its first
-        state["step"] = 0
-    else:
-        fields, state = evomoe.trained(where, mesh)
-    agree(given, fields, where)
+    continues = OBJECTIVES[cfg.objective].continues
+    fields, state = evomoe.whole(cfg.init_from, continues, mesh) if continues else evomoe.trained(cfg.init_from, mesh)
+    evomoe.agree(given, fields, cfg.init_from)
     if mesh.main:
-        print(f"{'fine-tuning the model' if continues else 'starting from the weights'} of {where}", flush=True)
-    also = ("capacity_factor", "drop_order", "seed") if continues else ()
-    return configure(given, fields | {name: state["config"][name] for name in also}), state
-
-
-MODEL_FIELDS = ("objective n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k "
-                "gate_args permute expert_hidden").split()  # fmt: skip
-
-
-def agree(given, fields, where):
-    """ValueError if flags contradict the values that trained weights need."""
-    differ = [f"{n}={given[n]!r} (there: {v!r})" for n, v in fields.items() if n in given and given[n] != v]
-    if differ:
-        raise ValueError(f"{where} is from another config: {', '.join(differ)}; drop these flags, or choose another "
-                         "--out_dir")  # fmt: skip
+        print(f"{'fine-tuning the model' if continues else 'starting from the weights'} of {cfg.init_from}", flush=True)
+    return configure(given, fields), state
 
 
 def set_up(given):
     """Flags -> Run: the processes, what it begins with, then corpus, model and optimizer."""
     cfg = configure(given)  # the first errors come before anything is started
     dist.check_device(cfg.device)
-    mesh = dist.init(1, 0, cfg.ranks_per_node, cfg.timeout, cfg.device or None, cfg.two_level)
+    mesh = dist.init(cfg.ranks_per_node, cfg.timeout, cfg.device or None)
     only_looks = cfg.eval_only or "sample" in given
     if not only_looks and mesh.on_main(lambda: dist.restarted(cfg.out_dir)):
         given["init_from"] = "resume"
@@ -582,19 +486,12 @@ def set_up(given):
     begin = resumed if only_looks or given.get("init_from") == "resume" else fresh
     cfg, state = begin(given, mesh)
     evomoe.check(cfg)
-    rows = cfg.batch_size // cfg.grad_accum
-    if cfg.batch_size % (cfg.grad_accum * cfg.groups) or rows % mesh.world:
-        a, b = cfg.grad_accum * cfg.groups, cfg.grad_accum * mesh.world
-        raise ValueError(f"--batch_size={cfg.batch_size} must be divisible by grad_accum * groups = {a} and by "
-                         f"grad_accum * processes = {b}")  # fmt: skip
-    dist.layout(mesh.world, cfg.n_experts, cfg.ep, mesh.ranks_per_node, cfg.two_level)
-    if mesh.world > 1:
-        mesh = dist.make_mesh(mesh.rank, mesh.world, cfg.n_experts, cfg.ep, mesh.ranks_per_node, mesh.device,
-                              cfg.two_level, cfg.timeout)  # fmt: skip
+    batches.check(cfg, mesh.world)
+    mesh = dist.lay_out(mesh, cfg.n_experts, cfg.ep, cfg.two_level, cfg.timeout)
     mesh.on_main(lambda: prepare_missing(cfg.dataset))
     run = mesh.on_all(lambda: assemble(cfg, state, mesh))
     if cfg.distill and not only_looks:
-        run.teacher = watched_teacher(run)
+        run.teacher = evomoe.teacher(cfg, run.build, mesh)
     return run
 
 
@@ -610,7 +507,7 @@ def assemble(cfg, state, mesh):
     model = mixture = build(cfg.n_experts)  # also before a spawn: wrong knobs of a gate should stop the run now
     if cfg.n_experts > 1 and (evomoe.is_dense(state) if state else cfg.diversify > 0):
         model = build(1)
-    note = check_causality(cfg, objective, mixture)
+    note = check_causality(mixture.moes(), objective.causal, cfg)
     optimizer = make_optimizer(model, cfg)
     if "optimizer" in state:
         dist.load_state(model, optimizer, state, mesh)
@@ -631,19 +528,6 @@ def assemble(cfg, state, mesh):
     return run
 
 
-def open_objective(cfg):
-    """The objective, with its corpus."""
-    make = OBJECTIVES[cfg.objective]
-    corpus = batches.Corpus(corpus_folder(cfg.dataset))
-    if corpus.meta["kind"] != make.kind:
-        raise ValueError(f"--dataset={cfg.dataset} is a corpus of kind {corpus.meta['kind']}; "
-                         f"--objective={cfg.objective} needs {make.kind}")  # fmt: skip
-    if "train" not in corpus.splits or len(corpus.splits) < 2:
-        have = ", ".join(corpus.splits)
-        raise ValueError(f"--dataset={cfg.dataset} has the splits {have}; it needs train, and val or test")
-    return make(corpus, cfg)
-
-
 def build_model(cfg, objective, mesh, n_domains, n_experts):
     """A fresh model with n_experts experts per MoE layer (the curriculum changes that number)."""
     cfg = dataclasses.replace(cfg, n_experts=n_experts)
@@ -652,101 +536,21 @@ def build_model(cfg, objective, mesh, n_domains, n_experts):
     return objective.model(cfg, ffn).to(mesh.device)
 
 
-def check_causality(cfg, objective, model):
-    """ValueError for a gate that looks at later tokens even at evaluation, in a causal model; -> a note for one that
-    does so in training."""
-    if not objective.causal or not model.moes():
-        return ""
-    moe = model.moes()[0]
-    what = f"--gate={cfg.gate} (drop order: {moe.drop_order})"
-    if moe.gate.looks_ahead == "always" and not cfg.insist:
-        raise ValueError(f"{what} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist "
-                         "to do it all the same)")  # fmt: skip
-    if moe.gate.looks_ahead != "never" or (cfg.capacity_factor and moe.drop_order != "arrival"):
-        return f"note: {what} looks at later tokens in training; evaluation does not\n"
-    return ""
-
-
-def watched_teacher(run):
-    """The dense model that a distilled one follows."""
-    cfg = run.cfg
-    cfg.teacher = cfg.teacher or cfg.init_from
-    _, state = evomoe.trained(cfg.teacher, run.mesh, "teacher")
-    teacher = run.build(1).eval().requires_grad_(False)
-    if not hasattr(teacher, "stack"):
-        raise ValueError(f"--distill={cfg.distill} works for one stack of blocks, not for an encoder and a decoder")
-    evomoe.load_weights(teacher, state["model"], run.mesh)
-    return teacher
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
-
-
-def parse(argv):
-    """["--name=value", ...] -> {name: value} with the types of Config. ValueError, one line, for anything else."""
-    kinds = {f.name: f.type for f in dataclasses.fields(Config)}
-    given = {}
-    for arg in argv:
-        name, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in kinds:
-            hint = " (did you mean --init_from=resume?)" if name == "resume" else closest(name, kinds)
-            raise ValueError(f"unknown argument {arg}{hint}; flags look like --name=value; see --help")
-        kind = kinds[name]
-        if not equals and kind is not bool:
-            raise ValueError(f"--{name} needs a value: --{name}=VALUE ({kind.__name__})")
-        try:
-            words = {"": True, "true": True, "1": True, "false": False, "0": False}
-            given[name] = words[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise ValueError(f"--{name}={text} is not of type {kind.__name__}; the default is "
-                             f"{getattr(Config, name)!r}") from None  # fmt: skip
-    return given
 
 
 def configure(given, base=None):
     """Config from flags, on top of `base` (a checkpoint's config or a part of it) or else of the objective's defaults.
     ValueError, one line, for a value that no run can have; what fits together is checked by those who use it."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    base = {name: value for name, value in (base or {}).items() if name in fields}
-    for name, value in base.items():  # a file may hold anything
-        if type(value) is not fields[name].type and (type(value), fields[name].type) != (int, float):
-            raise ValueError(f"{name}={value!r} in the checkpoint's config is not of type {fields[name].type.__name__}")
-    objective = given.get("objective", base.get("objective", Config.objective))
-    for name, value, known in ("objective", objective, OBJECTIVES), ("gate", given.get("gate", Config.gate), gates()):
-        if value not in known:
-            names = ", ".join(sorted(known))
-            raise ValueError(f"--{name}={value} is unknown{closest(value, known)}; choose from {names}")
-    given = {name: value for name, value in given.items() if (name, value) != ("dataset", "")}
-    cfg = Config(**{**OBJECTIVES[objective].defaults, **base, **given})
-    for name, field in fields.items():
-        value, least, most, one_of = getattr(cfg, name), *(field.metadata[key] for key in ("least", "most", "one_of"))
-        if one_of and value not in one_of:
-            raise ValueError(f"--{name}={value} is unknown{closest(value, one_of)}; choose from "
-                             f"{', '.join(filter(None, one_of))}")  # fmt: skip
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name}={value} must be a finite number")
-        if least is not None and value < least or most is not None and value > most:
-            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-            raise ValueError(f"--{name}={value} must be {allowed}")
+    fields = {f.name for f in dataclasses.fields(Config)}
+    values = {name: value for name, value in (base or {}).items() if name in fields}  # a file may hold more
+    values |= {name: value for name, value in given.items() if (name, value) != ("dataset", "")}
+    check(values, Config)
+    cfg = Config(**{**OBJECTIVES[values.get("objective", Config.objective)].defaults, **values})
     if cfg.diversify < 0:
         cfg.diversify = 0.0 if evomoe.starts_trained(cfg) else gates()[cfg.gate].diversify
-    if not cfg.out_dir:
-        raise ValueError("--out_dir= is empty: name a folder")
     return cfg
-
-
-def help_text():
-    """The manual, and every field of Config with its default."""
-    lines = [__doc__.strip()]
-    for f in dataclasses.fields(Config):
-        if f.metadata["heading"]:
-            lines.append(f"\n{f.metadata['heading']}")
-        lines.append(f"  --{f.name}={f.default}".ljust(34) + f.metadata["text"])
-    lines.append("\nOther defaults by objective")
-    for name, objective in OBJECTIVES.items():
-        lines.append(f"  {name}: " + " ".join(f"--{k}={v}" for k, v in objective.defaults.items()))
-    return "\n".join(lines)
 
 
 def score(run, given):
@@ -762,7 +566,7 @@ def score(run, given):
 
 
 def main(argv):
-    given = parse(argv)
+    given = parse(argv, Config)
     dist.keep_memory()
     try:
         run = set_up(given)
@@ -782,7 +586,9 @@ def main(argv):
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(help_text())
+        print(help_text(__doc__, Config) + "\n\nOther defaults by objective")
+        for name, objective in OBJECTIVES.items():
+            print(f"  {name}: " + " ".join(f"--{k}={v}" for k, v in objective.defaults.items()))
         sys.exit(0)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode

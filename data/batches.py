@@ -150,6 +150,14 @@ def bucketed_pairs(corpus, batch_size, block_size, seed, epoch):
 # A process's share
 
 
+def check(cfg, world):
+    """ValueError if a batch cannot be cut evenly into micro-batches, processes and routing groups."""
+    a, b = cfg.grad_accum * cfg.groups, cfg.grad_accum * world
+    if cfg.batch_size % a or cfg.batch_size % b:
+        raise ValueError(f"--batch_size={cfg.batch_size} must be divisible by grad_accum * groups = {a} and by "
+                         f"grad_accum * processes = {b}")  # fmt: skip
+
+
 def micro_batches(batch, grad_accum, mesh):
     """Cut the global batch into grad_accum micro-batches; of each, this rank's rows (in rank order) on its device."""
     size = len(batch["y"]) // grad_accum

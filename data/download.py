@@ -2,7 +2,7 @@
 What the prepare.py scripts share: where raw files come from, how they are read, the command line.
 """
 
-import argparse
+import dataclasses
 import gzip
 import hashlib
 import http.client
@@ -10,6 +10,8 @@ import os
 import sys
 import urllib.request
 import zlib
+
+from data.flags import check, flag, help_text, parse
 
 
 def fetch(name, url, args, sha256=None):
@@ -82,35 +84,25 @@ def parallel(src_path, tgt_path):
     return kept
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        sys.exit(f"error: {message}")
-
-
 def run(main, file, doc, **flags):
     """
     Run main(args) as the script `file`. Its flags are --out_dir (default: the script's folder) and `flags`,
     {name: default}; a tuple lists the choices, default first. A user's error ends as one line on stderr and
     exit status 1.
     """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    flags = {"out_dir": os.path.dirname(os.path.abspath(file)), **flags}
-    for name, default in flags.items():
-        choices = default if isinstance(default, tuple) else None
-        default = choices[0] if choices else default
-        parser.add_argument(
-            f"--{name}",
-            type=type(default),
-            default=default,
-            choices=choices,
-            help=f"default: {default}" if default != "" else None,
-        )
+    fields = []
+    for name, default in {"out_dir": os.path.dirname(os.path.abspath(file)), **flags}.items():
+        first, choices = (default[0], default) if isinstance(default, tuple) else (default, None)
+        about = f"one of {', '.join(choices)}" if choices else ""
+        fields.append((name, type(first), flag(first, about, 0 if isinstance(first, int) else None, one_of=choices)))
+    Settings = dataclasses.make_dataclass("Settings", fields)
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(help_text(doc + "\nFlags", Settings))
+        return
     try:
-        args = parser.parse_args()
-        for name in ("limit", "vocab_size", "code_bytes"):
-            if getattr(args, name, 0) < 0:
-                raise ValueError(f"--{name}={getattr(args, name)} must not be negative")
-        main(args)
+        given = parse(sys.argv[1:], Settings)
+        check(given, Settings)
+        main(Settings(**given))
     except (OSError, ValueError) as e:
         sys.exit(f"error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ import torch
 
 import model as models
 from data import batches, samples
+from data.files import corpus_folder
 
 
 class Objective:
@@ -212,6 +213,19 @@ class Translation(Objective):
 
     def sample(self, run, prompt):
         return samples.translate_text(run.model, self.corpus, run.cfg, run.mesh, prompt, run.autocast)
+
+
+def open_objective(cfg):
+    """The objective, with its corpus."""
+    make = OBJECTIVES[cfg.objective]
+    corpus = batches.Corpus(corpus_folder(cfg.dataset))
+    if corpus.meta["kind"] != make.kind:
+        raise ValueError(f"--dataset={cfg.dataset} is a corpus of kind {corpus.meta['kind']}; "
+                         f"--objective={cfg.objective} needs {make.kind}")  # fmt: skip
+    if "train" not in corpus.splits or len(corpus.splits) < 2:
+        have = ", ".join(corpus.splits)
+        raise ValueError(f"--dataset={cfg.dataset} has the splits {have}; it needs train, and val or test")
+    return make(corpus, cfg)
 
 
 OBJECTIVES = dict(gpt=LanguageModelling, roberta=MaskFilling, classify=Classification, translation=Translation)

@@ -58,9 +58,11 @@ def steps(log):
 
 
 def seconds(log):
-    """Of the whole run, from the time between its first and its last line."""
+    """Of the whole run, from the time between its first and its last line: of the CPU, or on a GPU the clock's."""
+    import torch
+
     first, last = training(log)[0], training(log)[-1]
-    clock = "seconds" if last["cpu_seconds"] < 0.5 * last["seconds"] else "cpu_seconds"  # a GPU leaves the CPU idle
+    clock = "seconds" if torch.cuda.is_available() else "cpu_seconds"
     return (last[clock] - first[clock]) / max(1, last["step"] - first["step"]) * last["step"]
 
 
@@ -76,10 +78,12 @@ def at_the_end(name):
 
 def between_nodes(log):
     """Share of the rows that leave their node, in the last quarter of the run."""
-    last = training(log)[-max(1, len(training(log)) // 4) :]
-    far, near = (sum(e.get(f"tokens_{where}", 0) for e in last) for where in ("far", "node"))
-    stay = sum(e.get("tokens_rank", 0) for e in last)
-    return far / max(1, far + near + stay)
+    return statistics.mean(far_share(e) for e in training(log)[-max(1, len(training(log)) // 4) :])
+
+
+def far_share(entry):
+    sent = [entry.get(f"tokens_{where}", 0) for where in ("far", "node", "rank")]
+    return sent[0] / max(1, sum(sent))
 
 
 def last_move(log):
@@ -87,12 +91,54 @@ def last_move(log):
     return max([e["step"] for e in log if e.get("val_moved", 0) > 0.01], default=0)
 
 
-LOSS = {"held-out loss": held_out("loss")}
-COST = {"seconds": seconds, "rows per token": rows}
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: functions of {contestant: [log of each seed]} -> title, {line: [(x, low, mean, high), ...]}, label of x
+
+
+def band(rows):
+    """[(x, y)] of several runs -> [(x, mean - sd, mean, mean + sd)], as far as all of them go."""
+    points = []
+    for group in zip(*rows):
+        ys = [y for _, y in group]
+        sd = statistics.stdev(ys) if len(ys) > 1 else 0.0
+        points.append((group[0][0], statistics.mean(ys) - sd, statistics.mean(ys), statistics.mean(ys) + sd))
+    return points
+
+
+def smooth(values, n=5):
+    return [statistics.mean(values[max(0, i - n) : i + 1]) for i in range(len(values))]
+
+
+def over_steps(title, value):
+    """A picture: value(log entry) over the steps, smoothed, mean and band over seeds, a line for each contestant."""
+
+    def draw(logs):
+        lines = {}
+        for contestant, runs in logs.items():
+            runs = [training(log) for log in runs]
+            rows = [list(zip([e["step"] for e in r], smooth([value(e) for e in r]))) for r in runs]
+            if "time" not in contestant and "labels" not in contestant:
+                lines[contestant] = band(rows)
+        return f"{title}, mean and band over seeds", lines, "steps"
+
+    return draw
+
+
+def over_budget(logs):
+    """A picture: the held-out loss over the share of the dense budget, of contestants called "NAME SHARE %"."""
+    lines = {}
+    for contestant, runs in logs.items():
+        if match := re.fullmatch(r"(.+) (\d+) %", contestant):
+            ends = [[(int(match[2]), held_out("loss")(log))] for log in runs]
+            lines.setdefault(match[1], []).extend(band(ends))
+    return "held-out loss, mean and band over seeds", lines, "% of the dense model's steps"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The claims
+
+LOSS = {"held-out loss": held_out("loss")}
+COST = {"seconds": seconds, "rows per token": rows}
 
 
 @dataclass
@@ -106,6 +152,7 @@ class Claim:
     higher: bool = False  # is more of the first measure better?
     quick: str = ""  # flags on top of QUICK
     patch: str = ""  # a function below that changes train.py before the run
+    picture: Callable = over_steps("training loss", lambda e: e["loss"])
     setup: Callable | None = None  # makes what the contestants' flags name {LIKE_THIS}: -> {name: path}
 
 
@@ -179,7 +226,7 @@ CLAIMS = {
         ("evomoe", "dts from the start")),
     "crossover": Claim(
         "starting from a trained dense model pays until about 100 to 120 % of its budget (sparse upcycling)",
-        budgets(), ("copies 100 %", "switch 100 %"), quick="--max_steps=10"),
+        budgets(), ("copies 100 %", "switch 100 %"), quick="--max_steps=10", picture=over_budget),
     "switch": Claim(
         "more experts, lower loss at equal FLOPs: the dense model's loss is reached in a fraction of the steps",
         {"dense": "--n_experts=1"} | {f"E {E}": f"--n_experts={E} --gate=switch" for E in (2, 4, 8, 16, 32)},
@@ -193,7 +240,8 @@ CLAIMS = {
          "locmoe 1": LOCAL + "1", "randomrouted": "--gate=randomrouted",
          "locmoe 1, mixed data": LOCAL + "1 --shard_by_domain=false"},
         ("locmoe 1", "switch"), "--ranks_per_node=1 --shard_by_domain",
-        {"between nodes": between_nodes} | LOSS | COST, ranks=2),
+        {"between nodes": between_nodes} | LOSS | COST, ranks=2,
+        picture=over_steps("share of the rows that leave their node", far_share)),
     "locmoeplus": Claim(
         "experts need ever fewer tokens, at the same loss",
         {"floor 1 (never fewer)": "--gate=locmoeplus --gate_args=floor=1", "floor 0.5": "--gate=locmoeplus "
@@ -410,31 +458,6 @@ def chart(path, title, lines, xlabel, ylabel):
         f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 356">{STYLE}{"".join(parts)}</svg>\n')
 
 
-def band(rows):
-    """[(x, y)] of several runs -> [(x, mean - sd, mean, mean + sd)], as far as all of them go."""
-    points = []
-    for group in zip(*rows):
-        ys = [y for _, y in group]
-        sd = statistics.stdev(ys) if len(ys) > 1 else 0.0
-        points.append((group[0][0], statistics.mean(ys) - sd, statistics.mean(ys), statistics.mean(ys) + sd))
-    return points
-
-
-def smooth(values, n=5):
-    return [statistics.mean(values[max(0, i - n) : i + 1]) for i in range(len(values))]
-
-
-def curves(name, claim, logs, out):
-    """The training loss of all contestants, mean and band over seeds."""
-    lines = {}
-    for contestant, runs in logs.items():
-        runs = [training(log) for log in runs]
-        rows = [list(zip([e["step"] for e in r], smooth([e["loss"] for e in r]))) for r in runs]
-        if "time" not in contestant and "labels" not in contestant:
-            lines[contestant] = band(rows)
-    chart(os.path.join(out, f"{name}.svg"), f"{name}: training loss, mean and band over seeds", lines, "steps", "nats")
-
-
 def phases(source, path):
     """EvoMoE's phases over the steps of one run: loss, the gate's bar, experts per token, from its log.jsonl."""
     log = [{"phase": "diversify", "bar": math.nan} | e for e in training(read_log(source))]
@@ -502,7 +525,8 @@ def main():
                 c: {t: [f(log) for log in runs] for t, f in CLAIMS[name].measures.items()} for c, runs in logs.items()
             }
             tell(name, CLAIMS[name], values, a.out)
-            curves(name, CLAIMS[name], logs, a.out)
+            title, lines, xlabel = CLAIMS[name].picture(logs)
+            chart(os.path.join(a.out, f"{name}.svg"), f"{name}: {title}", lines, xlabel, "")
         else:
             raise SystemExit(
                 f"claims: {name} is unknown; there are: {', '.join([*CLAIMS, 'unbiased', 'comet', 'phases'])}"

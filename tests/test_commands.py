@@ -42,7 +42,7 @@ from runs import (
     (["--n_layer=2.5"], ["--n_layer=2.5", "int", "default is 4"]),
     (["--learning_rate=fast"], ["--learning_rate=fast", "float"]),
     (["--bias=maybe"], ["--bias=maybe", "bool"]),
-    (["--objective=gtp"], ["--objective=gtp", "did you mean gpt?", "classify, gpt"]),
+    (["--objective=gtp"], ["--objective=gtp", "did you mean gpt?", "gpt, roberta, classify"]),
     (["--gate=swich"], ["--gate=swich", "did you mean switch?", "topk"]),
     (["--gate=switch", "--gate_args=jiter=1"], ["jiter", "did you mean jitter?"]),
     (["--gate=switch", "--gate_args=jitter=high"], ["jitter=high", "float"]),
@@ -105,12 +105,11 @@ def test_a_wrong_flag_is_one_line(argv, parts, corpora, tmp_path):
 
 
 def test_flags_are_typed_and_documented(capsys):
-    given = train.parse(
-        ["--learning_rate=1", "--bias", "--n_layer=3", "--compile=false", "--gate_args=a=1,b=2", "--sample="]
-    )
+    words = ["--learning_rate=1", "--bias", "--n_layer=3", "--compile=false", "--gate_args=a=1,b=2", "--sample="]
+    given = train.parse(words, train.Config)
     assert given == dict(learning_rate=1.0, bias=True, n_layer=3, compile=False, gate_args="a=1,b=2", sample="")
     assert isinstance(given["learning_rate"], float)
-    text = train.help_text()
+    text = train.help_text(train.__doc__, train.Config)
     for field in train.dataclasses.fields(train.Config):
         assert re.search(rf"^  --{field.name}=.*\S  +\S.*|^  --{field.name}=\S* +\S", text, re.M), (
             f"{field.name} has no comment"
@@ -491,7 +490,7 @@ def test_documented_command(command, trained, corpora, tmp_path):
     """As it stands, at a tiny size. A run from scratch gets its own out_dir; what needs a checkpoint gets one."""
     words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.endswith("train.py"))
-    given = train.parse(words[at + 1 :])
+    given = train.parse(words[at + 1 :], train.Config)
     world = int(next((w.split("=")[1] for w in words[:at] if w.startswith("--nproc_per_node")), 0))
     needs = given.get("init_from") == "resume" or given.get("eval_only") or "sample" in given
     if needs:

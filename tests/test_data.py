@@ -392,7 +392,7 @@ def prepare(folder, name, *arguments):
         ("stdlib", ["--tokeniser=bpe"], "--tokeniser=bpe"),
         ("grammar", ["--vocab_size=12", "--pairs=5", "--held_out=5"], "--vocab_size=12 is too small"),
         ("grammar", ["--pairs=-5"], "--pairs=-5"),
-        ("stdlib", ["--limit=-3"], "--limit=-3 must not be negative"),
+        ("stdlib", ["--limit=-3"], "--limit=-3 must be at least 0"),
         (
             "grammar",
             ["--out_dir=/dev/null/x", "--pairs=5", "--held_out=5", "--tokenizer=bytes"],

@@ -498,27 +498,30 @@ def test_layout_errors_come_before_any_communication(monkeypatch, world, args, m
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, str(world))
     monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")  # would fail, slowly, if it were used
-    with pytest.raises(ValueError) as error:
-        dist.init(8, device="cpu", **args)
+    nodes = args.pop("ranks_per_node", 0)
+    with pytest.raises(ValueError) as error:  # from init if it can know it, else from the layout of the experts
+        if not args:
+            dist.init(nodes, device="cpu")
+        dist.lay_out(Mesh(0, world, 1, nodes or world), 8, **args)
     assert str(error.value).startswith(message)
 
 
 def test_init_without_torchrun(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    mesh = dist.init(8, device="cpu")
+    mesh = dist.lay_out(dist.init(device="cpu"), 8)
     assert (mesh.world, mesh.ep, mesh.n_nodes, mesh.process_groups) == (1, 1, 1, {})
     assert dist.layout(12, 8) == (4, 12) and dist.layout(4, 0) == (1, 4)  # the defaults; a dense model
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is set but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE"):
-        dist.init(8, device="cpu")
+        dist.init(device="cpu")
 
 
 WORKER = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch, dist
-mesh = dist.init(8, timeout=30, device="cpu")
+mesh = dist.lay_out(dist.init(timeout=30, device="cpu"), 8)
 total = mesh.all_reduce(torch.tensor(mesh.rank + 1))
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and mesh.rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -599,7 +602,7 @@ def test_a_wrong_environment_is_one_line(monkeypatch, name, value, message):
     for key, text in (env | {name: value}).items():
         monkeypatch.setenv(key, text)
     with pytest.raises(ValueError) as error:
-        dist.init(8, device="cpu", timeout=2)
+        dist.init(device="cpu", timeout=2)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
     assert dist.speaks_for(error.value)  # each process that meets it prints it itself
 
@@ -640,7 +643,7 @@ SPEAKER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch, dist
-mesh = dist.init(8, timeout=30, device="cpu")
+mesh = dist.init(timeout=30, device="cpu")
 for error in (dist.EverybodysError("common"), ValueError(f"of rank {mesh.rank}"), dist.OwnError(f"own {mesh.rank}")):
     if dist.speaks_for(error):
         os.write(1, f"says {error}\\n".encode())  # in one piece: two processes share the pipe
@@ -652,7 +655,7 @@ DESERTER = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch, dist
-mesh = dist.init(8, timeout=3, device="cpu")
+mesh = dist.init(timeout=3, device="cpu")
 if mesh.rank == 1:
     time.sleep(6 if sys.argv[2] == "hangs" else 0)
     os._exit(0)

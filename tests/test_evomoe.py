@@ -324,6 +324,31 @@ def test_a_gpt2_of_another_kind_is_refused_by_name(setting):
         evomoe.from_gpt2(theirs)
 
 
+@pytest.mark.parametrize("bias, activation", [(False, "gelu"), (True, "gelu_tanh")])
+def test_to_gpt2_is_the_inverse(bias, activation):
+    """There and back, and, where transformers is installed, the same logits from the real class."""
+    cfg = config(n_experts=1, n_layer=3, bias=bias, activation=activation)
+    ours = GPT(cfg, V).eval()
+    for p in ours.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    settings, weights = evomoe.to_gpt2({"config": dataclasses.asdict(cfg), "model": ours.state_dict()})
+    names = {name.removeprefix("transformer."): t for name, t in weights.items()}
+    c = types.SimpleNamespace(**settings | {"activation_function": "gelu_new"})
+    _, back = evomoe.from_gpt2(
+        types.SimpleNamespace(config=c, transformer=types.SimpleNamespace(state_dict=lambda: names))
+    )
+    for name, p in ours.named_parameters():
+        assert torch.equal(back.pop(name), p), name
+    assert all(name.endswith(("bias", "b1", "b2")) and not t.any() for name, t in back.items())  # what we do not have
+    with pytest.raises(ValueError, match="dense run of --objective=gpt"):
+        evomoe.to_gpt2({"config": dataclasses.asdict(config()), "model": GPT(config(), V).state_dict()})
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
+    theirs.load_state_dict(weights)
+    x = torch.randint(V, (3, 16))
+    assert (ours(x)[0] - theirs(x).logits).abs().max() < 1e-4
+
+
 def test_gpt2_without_transformers_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install transformers"):

@@ -17,7 +17,7 @@ import evomoe
 import runs
 import train
 from data.objectives import OBJECTIVES
-from experts import Experts, MoE, feed_forward
+from experts import Experts, MoE, check_causality, feed_forward
 from model import GPT, RoBERTa, Translator
 from ranks import run_ranks
 from router import Soft, gates, make_gate
@@ -325,8 +325,8 @@ def test_gates_that_look_ahead_are_refused():
     """Expert choice in a causal model; an encoder may have it."""
     never = [name for name in GATES if gates()[name].looks_ahead == "always"]
     assert never
-    check = lambda kind, objective, gate, **more: train.check_causality(
-        runs.config(gate, objective=objective, **more), OBJECTIVES[objective], opinionated(kind, gate, **more)
+    check = lambda kind, objective, gate, **more: check_causality(
+        opinionated(kind, gate, **more).moes(), OBJECTIVES[objective].causal, runs.config(gate, **more)
     )
     for gate in never:
         for kind, objective in ((GPT, "gpt"), (Translator, "translation")):

@@ -76,7 +76,9 @@ def test_classify(letters, tmp_path, capsys):
     train.main([f"--out_dir={tuned}", "--sample=xyzzy wxyz"])
     assert re.search(r"-> right [5-9]\d %", capsys.readouterr().out)
     train.main([*SMALL, "--objective=classify", text, f"--out_dir={tmp_path / 'scratch'}"])
-    cfg = train.configure(train.parse(["--objective=classify", "--block_size=24", "--batch_size=4", text]))
+    cfg = train.configure(
+        train.parse(["--objective=classify", "--block_size=24", "--batch_size=4", text], train.Config)
+    )
     batch = train.open_objective(cfg).train_batch(0)
     assert batch.keys() == {"x", "y"} and batch["y"].shape == (4, 1)
 
