@@ -518,6 +518,18 @@ def full_state(model, optimizer, mesh):
     }
 
 
+def refuse_unless_equal(have, want):
+    """ValueError names what differs between the {name: shape} of a checkpoint and of this model."""
+    wrong = [
+        f"{name} is {have.get(name, 'missing')}, here {want.get(name, 'unknown')}"
+        for name in want | have
+        if want.get(name) != have.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise ValueError(f"the checkpoint does not fit this model: {'; '.join(wrong[:12])}{more}")
+
+
 def load_state(model, optimizer, state, mesh):
     """Fill model and optimizer in place from full_state's dict, whatever ranks wrote it. No communication.
 
@@ -543,15 +555,7 @@ def load_state(model, optimizer, state, mesh):
     have |= {
         f"{key} of {name}": tuple(t.shape) for name in moments for key, t in moments[name].items() if key != "step"
     }
-    wrong = [
-        f"{name} is {have.get(name, 'missing')}, here {want.get(name, 'unknown')}"
-        for name in want | have
-        if want.get(name) != have.get(name)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise ValueError(f"the checkpoint does not fit this model: {'; '.join(wrong[:12])}{more}")
-
+    refuse_unless_equal(have, want)
     with torch.no_grad():
         for name, t in tensors.items():
             t.copy_(mine(state["model"][name], t))

@@ -319,18 +319,16 @@ class Translator(Model):
         arXiv:1609.08144, eq. 14). T is at most max_tokens (0: block_size); what is not finished by then is cut.
 
         Beam search with K = beams; 1 is greedy. A finished hypothesis keeps its place in the beam with a frozen score,
-        so that short and long ones compete; a sentence is done when its best hypothesis is finished and no other can
-        overtake it. Ordinary tokens and eot are the ids up to eot: mask, pad and bos are never written.
-        Collective under expert parallelism: every rank calls it with as many rows, and all stop together.
-        """
+        so that short and long ones compete; a sentence is done when its best one is finished and no other can overtake
+        it. Ids above eot (mask, pad, bos) are never written. Collective: every rank comes with as many rows, and all
+        stop together."""
         B, K, V, limit = len(src), beams, eot + 1, max_tokens or self.cfg.block_size
         scale = lambda length: ((5 + length) / 6) ** length_penalty
         memory, live, _ = self.encode(src)
         memory, live = memory.repeat_interleave(K, 0), live.repeat_interleave(K, 0)  # (B * K, S, D), (B * K, S)
         cache = [({}, {}) for _ in self.decoder.blocks]
         first = torch.arange(B, device=src.device)[:, None] * K  # (B, 1) the first row of each sentence
-        y = src.new_full((B * K, 1), bos)
-        length = src.new_zeros(B, K)
+        y, length = src.new_full((B * K, 1), bos), src.new_zeros(B, K)
         done = torch.zeros_like(length, dtype=torch.bool)
         total = torch.zeros_like(length, dtype=torch.float)
         total[:, 1:] = -math.inf  # all hypotheses begin alike: only the first may grow
@@ -338,8 +336,7 @@ class Translator(Model):
             h, _ = self.decode(y[:, -1:], memory, live, t, cache)
             logits = self.head(h[:, 0]).float()
             refuse_unless_finite(logits)
-            log_p = logits.log_softmax(1)[:, :V].view(B, K, V)
-            log_p = log_p.masked_fill(done[..., None], -math.inf)
+            log_p = logits.log_softmax(1)[:, :V].view(B, K, V).masked_fill(done[..., None], -math.inf)
             log_p[..., eot].masked_fill_(done, 0.0)  # a finished hypothesis goes on in one way, at no cost
             grown = total[..., None] + log_p  # (B, K, V)
             length = length + ~done

@@ -1286,41 +1286,51 @@ def balanced_table(counts, E):
 def balanced_assignment(scores, eps=0.05, rounds=128):
     """(N, E) scores -> (N,) expert numbers with a near-maximal sum of scores, N // E or N // E + 1 tokens per expert.
 
-    Two steps, both in units of sigma, the standard deviation of the scores once row and column means are taken away
-    (those do not change the best assignment):
-    1. Prices. A dozen Sinkhorn passes at falling temperature find what each expert must cost for the demand to be
-       even (the dual of the assignment problem): the argmax of score - price leaves about 1 % in excess.
-       The N % E additional seats go to the dearest experts.
-    2. Auction (Bertsekas) from these prices. A token without a seat offers its best expert all that it gains over its
-       second best, plus eps; a full expert keeps the highest bids and its price is the lowest of them.
-    When at most N (r + 8) / 4096 tokens are left after r rounds, full experts close and the rest take the best of what
-    is free; after `rounds` they take what is free in order. So the sizes hold always: with ties, equal rows, scores
-    that are not finite (taken as the lowest finite one). If nobody is left to the closing, the sum is within 2 N eps
-    sigma of the optimum for these seats: eps from the auction, eps from the ripple below. Measured: 0.005 N sigma below
-    it as a rule, 0.06 at worst for scores with a density, 0.197 for sparse ones (0 or 1), which use up the rounds.
+    Prices at which the demand is nearly even, then an auction from there; both in units of sigma, the standard
+    deviation of the scores once row and column means are taken away (those do not change the best assignment). The
+    N % E additional seats go to the dearest experts. The sizes hold always: with ties, equal rows, scores that are not
+    finite (taken as the lowest finite one). If nobody is left to its closing, the sum is within 2 N eps sigma of the
+    optimum for these seats: eps from the auction, eps from the ripple below. Measured: 0.005 N sigma below it as a
+    rule, 0.06 at worst for scores with a density, 0.197 for sparse ones (0 or 1), which use up the rounds.
     Called by BASE; one wait for the device per round, 5 to 10 rounds, more when tokens repeat."""
     N, E = scores.shape
     if E == 1 or N == 0:
         return torch.zeros(N, dtype=torch.long, device=scores.device)
-    s, experts = full_precision(scores.detach()), torch.arange(E + 1, device=scores.device)
+    s, experts = full_precision(scores.detach()), torch.arange(E, device=scores.device)
     finite = s.isfinite()
     s = torch.where(finite, s, torch.where(finite, s, torch.inf).amin()).nan_to_num(0, 0, 0)
     s = s / s.abs().amax().clamp(min=1e-30)
     s = s - s.mean(1, keepdim=True)
     sigma = (s - s.mean(0)).std(unbiased=False).clamp(min=1e-5)
     tokens = torch.arange(N, device=s.device)
-    ripple = (tokens[:, None] * 0.6180340 + experts[:E] * 0.7548777) % 1  # evenly spread in [0, 1): breaks ties evenly
+    ripple = (tokens[:, None] * 0.6180340 + experts * 0.7548777) % 1  # evenly spread in [0, 1): breaks ties evenly
     s, price = s / sigma + eps * ripple, s.mean(0) / sigma
+    price = even_prices(s, price)
+    seats = torch.full_like(experts, N // E)
+    seats[price.topk(N % E).indices] += 1
+    return auction(s, price, seats, eps, rounds)
+
+
+def even_prices(s, price):
+    """(N, E) scores, (E,) prices to begin with -> (E,) what each expert must cost for the demand to be even (the dual
+    of the assignment problem), by a dozen Sinkhorn passes at falling temperature: the argmax of s - price leaves about
+    1 % in excess."""
     for i in range(12):
         t = 0.03 ** (i / 11)  # 1 -> 0.03
-        price = price + t * (((s - price) / t).softmax(1).mean(0) * E).clamp(min=1e-3).log()
+        price = price + t * (((s - price) / t).softmax(1).mean(0) * s.shape[1]).clamp(min=1e-3).log()
+    return price
 
-    seats = torch.full((E + 1,), N // E, device=s.device)  # row E: "no seat yet"
-    seats[price.topk(N % E).indices] += 1
-    seats[E] = 0
-    price = price.masked_fill(seats[:E] == 0, torch.inf)  # fewer tokens than experts
-    owner, bid = torch.full_like(tokens, E), s.new_zeros(N)
-    full, closing = seats[:E] == 0, False
+
+def auction(s, price, seats, eps, rounds):
+    """(N, E) scores, (E,) prices and numbers of seats, N in all -> (N,) expert numbers (Bertsekas). A token without a
+    seat offers its best expert all that it gains over its second best, plus eps; a full expert keeps the highest bids
+    and its price is the lowest of them. When at most N (r + 8) / 4096 tokens are left after r rounds, full experts
+    close and the rest take the best of what is free; after `rounds` they take what is free in order."""
+    N, E = s.shape
+    tokens, experts = torch.arange(N, device=s.device), torch.arange(E + 1, device=s.device)
+    price = price.masked_fill(seats == 0, torch.inf)  # fewer tokens than experts
+    owner, bid = torch.full_like(tokens, E), s.new_zeros(N)  # expert E: "no seat yet"
+    full, closing, places = seats == 0, False, F.pad(seats, (0, 1))
     for r in range(rounds):
         rows = (owner == E).nonzero()[:, 0]
         if len(rows) == 0:
@@ -1332,13 +1342,13 @@ def balanced_assignment(scores, eps=0.05, rounds=128):
         order = (owner * 1e6 - bid.double()).argsort()  # by expert, highest bid first
         at = owner[order]
         start = torch.searchsorted(at, experts)
-        last = (start + seats - 1).clamp(0, N - 1)[:E]
-        full = start.diff() >= seats[:E]
-        price = torch.where(full & (seats[:E] > 0), torch.maximum(price, bid[order[last]]), price)
-        owner[order] = torch.where(tokens - start[at] < seats[at], at, E)
+        last = (start[:E] + seats - 1).clamp(0, N - 1)
+        full = start.diff() >= seats
+        price = torch.where(full & (seats > 0), torch.maximum(price, bid[order[last]]), price)
+        owner[order] = torch.where(tokens - start[at] < places[at], at, E)
 
     free = owner == E
-    left = seats[:E] - torch.zeros_like(seats).scatter_add(0, owner, torch.ones_like(owner))[:E]
+    left = seats - torch.zeros_like(places).scatter_add(0, owner, torch.ones_like(owner))[:E]
     return torch.where(free, torch.searchsorted(left.cumsum(0), free.cumsum(0) - 1, right=True).clamp(max=E - 1), owner)
 
 
@@ -1425,17 +1435,9 @@ def shortest_paths(cost):
     return dist, hop
 
 
-def best_assignment(S, c):
-    """argmax over z of sum_n S[n, z_n] with at most c tokens per expert, exactly. S (n, E), n <= E c ->
-    z (n,), and dist (E, E): what it costs to squeeze one more token into a full expert a when a slot at b is free.
-    Called by GumbelMatching. On the CPU, in numpy: the control flow depends on data and the arrays are small.
-
-    For any prices v, z = argmax(S - v) is the best assignment among those with the same loads. So: (1) find prices
-    with nearly the right loads by annealed Sinkhorn steps, O(n E) each; (2) move the excess, one token per edge, along
-    shortest paths from overfull to underfull experts in the graph of cheapest moves: each move keeps it optimal for
-    its loads. O(E^3 + n) per unit of excess, typically 1% of n. Empty slots are tokens that do not care.
-    """
-    S = S.detach().nan_to_num(0, math.inf, -math.inf).cpu().numpy()  # NaN: the loop says so, with the step
+def near_prices(S, c):
+    """S (n, E) -> (E,) prices at which argmax(S - price) is nearly the best assignment with at most c tokens per
+    expert: annealed Sinkhorn steps, O(n E) each."""
     n, E = S.shape
     v, spare, t = np.zeros(E, S.dtype), E * c - n, max(1.0, float(S.max() - S.min()) / 8)
     while t > 0.03:
@@ -1445,15 +1447,13 @@ def best_assignment(S, c):
             load = (p / p.sum(1, keepdims=True)).sum(0) + spare * empty / empty.sum()
             v = v + t * np.log(np.maximum(load / c, 1e-9))
         t /= 3
-    S, v = S.astype(np.float64), (v - v.min()).astype(np.float64)
-    if spare >= E:
-        v[v < 0.2] = 0  # a price is exactly zero where slots stay empty: let empty slots be shared
-    z = (S - v).argmax(1)
-    cheap = np.flatnonzero(v == 0)
-    room = np.maximum(c - np.bincount(z, minlength=E)[cheap], 0)
-    z = np.concatenate([z, np.append(np.repeat(cheap, room), np.full(spare, cheap[0]))[:spare]])
-    S = np.concatenate([S, np.zeros((spare, E))])
+    return v
 
+
+def move_excess(S, z, c):
+    """S (E c, E), z (E c,) the best assignment for its own loads -> the best with c tokens per expert, and the distances
+    (E, E) in its graph of cheapest moves. Changes z."""
+    E = S.shape[1]
     load = np.bincount(z, minlength=E)
     cost, who, stale = np.full((E, E), np.inf), np.zeros((E, E), np.int64), range(E)
     while True:
@@ -1466,7 +1466,7 @@ def best_assignment(S, c):
         dist, hop = shortest_paths(cost)
         over, under = np.flatnonzero(load > c), np.flatnonzero(load < c)
         if not len(over):
-            return torch.from_numpy(z[:n]), torch.from_numpy(dist)
+            return z, dist
         i, j = np.unravel_index(dist[np.ix_(over, under)].argmin(), (len(over), len(under)))
         goal, stale = under[j], [over[i]]
         while stale[-1] != goal:
@@ -1475,6 +1475,31 @@ def best_assignment(S, c):
             stale.append(b)
         load[stale[0]] -= 1
         load[goal] += 1
+
+
+def best_assignment(S, c):
+    """argmax over z of sum_n S[n, z_n] with at most c tokens per expert, exactly. S (n, E), n <= E c ->
+    z (n,), and dist (E, E): what it costs to squeeze one more token into a full expert a when a slot at b is free.
+    Called by GumbelMatching. On the CPU, in numpy: the control flow depends on data and the arrays are small.
+
+    For any prices v, z = argmax(S - v) is the best assignment among those with the same loads. So: (1) find prices
+    with nearly the right loads; (2) move the excess, one token per edge, along shortest paths from overfull to
+    underfull experts in the graph of cheapest moves: each move keeps it optimal for its loads. O(E^3 + n) per unit of
+    excess, typically 1% of n. Empty slots are tokens that do not care.
+    """
+    S = S.detach().nan_to_num(0, math.inf, -math.inf).cpu().numpy()  # NaN: the loop says so, with the step
+    (n, E), v = S.shape, near_prices(S, c)
+    spare = E * c - n
+    S, v = S.astype(np.float64), (v - v.min()).astype(np.float64)
+    if spare >= E:
+        v[v < 0.2] = 0  # a price is exactly zero where slots stay empty: let empty slots be shared
+    z = (S - v).argmax(1)
+    cheap = np.flatnonzero(v == 0)
+    room = np.maximum(c - np.bincount(z, minlength=E)[cheap], 0)
+    z = np.concatenate([z, np.append(np.repeat(cheap, room), np.full(spare, cheap[0]))[:spare]])
+    S = np.concatenate([S, np.zeros((spare, E))])
+    z, dist = move_excess(S, z, c)
+    return torch.from_numpy(z[:n]), torch.from_numpy(dist)
 
 
 def matching_log_q(logp, z, dist):

@@ -42,24 +42,32 @@ def merge(word, pair, new):
     return out
 
 
+def replace(words, times, where, pair, new):
+    """`pair` becomes the id `new` in every word that has it, and `where` knows. -> {pair: change of its count}."""
+    change = Counter()
+    for i in where.pop(pair):
+        old, words[i] = words[i], merge(words[i], pair, new)
+        for p in zip(old, old[1:]):
+            change[p] -= times[i]
+        for p in zip(words[i], words[i][1:]):
+            change[p] += times[i]
+            where[p].add(i)
+    return change
+
+
 def train_bpe(texts, size):
-    """
-    Learn byte pairs: start from the 256 bytes and, again and again, make the most frequent pair of neighbours
+    """Learn byte pairs: start from the 256 bytes and, again and again, make the most frequent pair of neighbours
     inside a word a token. Ties go to the pair with the smaller ids, so the result is a function of the text.
 
     texts: iterable of str. size: tokens to end with, bytes included; fewer if no pair occurs twice any more.
     Returns the list of tokens (bytes) in rank order.
 
     Recounting all pairs after each merge would be O(merges * text). Instead: count every distinct word once,
-    remember which words hold which pair, and after a merge recount only those words. The heap holds old
-    counts too; an entry that does not match the present count is skipped, as each change pushes a fresh one.
+    remember which words hold which pair, and after a merge recount only those. The heap holds old counts
+    too; an entry that does not match the present count is skipped, as each change pushes a fresh one.
     """
-    counts = Counter()
-    for text in texts:
-        counts.update(re.findall(PATTERN, text))
-    words = [list(word.encode("utf-8", "replace")) for word in counts]
-    times = list(counts.values())
-
+    counts = Counter(word for text in texts for word in re.findall(PATTERN, text))
+    words, times = [list(word.encode("utf-8", "replace")) for word in counts], list(counts.values())
     pairs, where = Counter(), defaultdict(set)  # pair -> its count in the text; pair -> words that had it
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
@@ -80,14 +88,7 @@ def train_bpe(texts, size):
         if token not in ranks:  # else: two ways to the same bytes are the same token
             ranks[token] = len(tokens)
             tokens.append(token)
-        change = Counter()
-        for i in where.pop(pair):
-            old, words[i] = words[i], merge(words[i], pair, ranks[token])
-            for p in zip(old, old[1:]):
-                change[p] -= times[i]
-            for p in zip(words[i], words[i][1:]):
-                change[p] += times[i]
-                where[p].add(i)
+        change = replace(words, times, where, pair, ranks[token])
         for p, n in change.items():
             if n:
                 pairs[p] += n

@@ -219,71 +219,56 @@ def moe_layer(gate, D, H, E, k, device):
     return MoE(gate, experts).to(device)
 
 
-def layer_part(a, device, autocast):
-    sizes = [
-        (N, 256, 1024, E, k)
-        for N, E, k in [
-            (8192, 8, 1),
-            (8192, 8, 2),
-            (8192, 64, 1),
-            (8192, 64, 2),
-            (8192, 64, 8),
-            (2048, 8, 2),
-            (32768, 8, 2),
-        ]
-    ]
-    sizes += [(4096, 512, 2048, 8, 2), (8192, 64, 256, 8, 2)]
-    if a.quick:
-        sizes = [(1024, 64, 256, 8, 2), (1024, 64, 256, 32, 1)]
+LAYERS = [  # N, D, H, E, k
+    *[(N, 256, 1024, E, k) for N, E, k in [(8192, 8, 1), (8192, 8, 2), (8192, 64, 1), (8192, 64, 2), (8192, 64, 8),
+                                           (2048, 8, 2), (32768, 8, 2)]],
+    (4096, 512, 2048, 8, 2), (8192, 64, 256, 8, 2),
+]  # fmt: skip
+CONTESTANTS = "dense", "moe", "loop", "onehot", "mixtral"
+
+
+def contestants(N, D, H, E, k, device):
+    """-> {name: layer} for N tokens, and why some are missing."""
+    moe, dense = moe_layer("topk", D, H, E, k, device), Experts(1, D, k * H).to(device)
+    dense.init(0, 0, 0.02, 0.02)
+    layers, notes = {"dense": dense, "moe": Ours(moe), "loop": Loop(moe)}, set()
     limit = torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else 4e9
-    print(
-        "\nlayer: forward and backward of one feed-forward layer; ratio to the dense FFN of equal active FLOPs "
-        "(fastest ms, peak MB)\n"
-    )
-    print(
-        f"{'N':>6} {'D':>4} {'H':>5} {'E':>3} {'k':>2}   "
-        + "".join(f"{name:>24}" for name in ("dense", "moe", "loop", "onehot", "mixtral"))
-    )
+    mask = 4 * 4 * N * E * math.ceil(1.3 * k * N / E)  # bytes: the mask, its gradient and two products of it
+    if mask < limit:
+        layers["onehot"] = OneHot(moe)
+    else:
+        notes.add(f"onehot: not run where its mask and gradients need over {limit / 1e9:.0f} GB; at N={N}, E={E}, "
+                  f"k={k} {mask / 1e9:.0f} GB")  # fmt: skip
+    block, reason = mixtral(D, H, E, k)
+    if block is not None:
+        layers["mixtral"] = Peer(block.to(device))
+    return layers, notes | {reason} - {""}
+
+
+def cell(run, result, device):
+    """One contestant's column: ratio, fastest ms, peak MB."""
+    if result is None:
+        return "-"
+    memory, (ms, ratio) = peak_memory(run, device), result
+    return f"{ratio:6.2f}x ({ms:6.1f}, {'?' if memory is None else round(memory / 1e6):>5})"
+
+
+def layer_part(a, device, autocast):
+    print("\nlayer: forward and backward of one feed-forward layer; ratio to the dense FFN of equal active FLOPs "
+          "(fastest ms, peak MB)\n")  # fmt: skip
+    print(f"{'N':>6} {'D':>4} {'H':>5} {'E':>3} {'k':>2}   " + "".join(f"{name:>24}" for name in CONTESTANTS))
     notes = set()
-    for N, D, H, E, k in sizes:
-        moe = moe_layer("topk", D, H, E, k, device)
-        dense = Experts(1, D, k * H).to(device)
-        dense.init(0, 0, 0.02, 0.02)
+    for N, D, H, E, k in [(1024, 64, 256, 8, 2), (1024, 64, 256, 32, 1)] if a.quick else LAYERS:
+        layers, more = contestants(N, D, H, E, k, device)
+        notes |= more
         x = torch.randn(N, D, device=device, requires_grad=True)
-        layers = {"dense": dense, "moe": Ours(moe), "loop": Loop(moe)}
-        mask = (
-            4 * 4 * N * max(E, 1) * math.ceil(1.3 * k * N / E)
-        )  # bytes: the mask, its gradient and two products of it
-        if mask < limit:
-            layers["onehot"] = OneHot(moe)
-        else:
-            notes.add(
-                f"onehot: not run where its mask and gradients need over {limit / 1e9:.0f} GB; at N={N}, E={E}, "
-                f"k={k} {mask / 1e9:.0f} GB"
-            )
-        block, reason = mixtral(D, H, E, k)
-        if block is not None:
-            layers["mixtral"] = Peer(block.to(device))
-        notes |= {reason} - {""}
         runs = {name: forward_backward(layer, x, autocast) for name, layer in layers.items()}
-        fast = {name: run for name, run in runs.items() if name != "onehot"}
-        results = race(fast, "dense", a.rounds, device)
-        if "onehot" in runs:  # so slow that fewer rounds must do
-            results |= {
-                "onehot": race(
-                    {"dense": runs["dense"], "onehot": runs["onehot"]}, "dense", max(1, a.rounds // 10), device
-                )["onehot"]
-            }
-        cells = []
-        for name in ("dense", "moe", "loop", "onehot", "mixtral"):
-            memory = peak_memory(runs[name], device) if name in runs else None
-            ms, ratio = results.get(name, (0, 0))
-            cells.append(
-                f"{ratio:6.2f}x ({ms:6.1f}, {'?' if memory is None else round(memory / 1e6):>5})"
-                if name in results
-                else "-"
-            )
-        print(f"{N:6} {D:4} {H:5} {E:3} {k:2}   " + "".join(f"{cell:>24}" for cell in cells), flush=True)
+        slow = {name: runs[name] for name in ("dense", "onehot")} if "onehot" in runs else {}
+        results = race({name: run for name, run in runs.items() if name != "onehot"}, "dense", a.rounds, device)
+        if slow:  # fewer rounds must do
+            results["onehot"] = race(slow, "dense", max(1, a.rounds // 10), device)["onehot"]
+        cells = [cell(runs.get(name), results.get(name), device) for name in CONTESTANTS]
+        print(f"{N:6} {D:4} {H:5} {E:3} {k:2}   " + "".join(f"{text:>24}" for text in cells), flush=True)
     for note in sorted(notes):
         print(f"  {note}")
 

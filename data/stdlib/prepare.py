@@ -124,12 +124,17 @@ def split_source(text):
     return "\n\n".join(docs), code.strip() + "\n"
 
 
-def main(args):
+def help_topics():
+    """{name: text} of help("name"). Some distributions leave them out; the docstrings remain."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        topics = {}  # some distributions leave them out; the docstrings remain
-    files = sources()
+        return {}
+    return topics
+
+
+def main(args):
+    topics, files = help_topics(), sources()
     if not files:
         raise FileNotFoundError(
             f"no source code in {sysconfig.get_paths()['stdlib']}: this Python comes "
