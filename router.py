@@ -424,8 +424,8 @@ class TopP(Gate):
 
         P = softmax(x W);  experts in order of falling P, and the first t whose sum is at least p;  G = P at those
 
-    No row needs more than p E experts, rounded up (a flat one does, like those of a new router): that is the k of a
-    capacity. Where the sum is exactly p, the authors' code takes one more.
+    No row needs more than p E experts, rounded up (a flat one does): that is the k of a capacity. Where the sum is
+    exactly p, the authors' code takes one more.
         entropy   mean_n -sum_e P log P, the "dynamic loss", weight 1e-4. Without it the cheapest way to a low task loss
                   is a flat P, hence many experts
         balance   weight 1e-2; f is a share of all choices, theirs of all tokens, which also grows with their number
@@ -467,6 +467,14 @@ class DeepSeekV3(Gate):
     gamma becomes 0 after the share `anneal` of the run (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8 groups,
     route_scale 2.5 and a shared expert beside the routed ones (not part of a gate); their code's defaults are ours.
 
+    rule=quantile takes no step size (Jianlin Su, kexue.fm/archives/11619, 2026; used by Kimi K3): b_e moves by just so
+    much that, if no other moved, k N / E tokens had expert e above the score s + b that comes next after their k best.
+
+        m = s + b - the (k+1)-th largest of s + b;   b_e -= the (1 - k / E) quantile of m_e over the step's tokens
+
+    Coordinate descent on the dual of the balanced assignment problem. We read the quantile off a histogram, which adds
+    up over calls and ranks: exact to a bin of 0.001. anneal holds, gamma does not matter unless it is 0.
+
     Reads: content. Balanced by: b, and balance = 1e-4 times E sum_e f_e P_e with P from s / sum s (they take it per
     sequence; a gate does not see sequences and takes the global batch). Looks ahead: never.
     """
@@ -482,6 +490,7 @@ class DeepSeekV3(Gate):
         route_scale=1.0,
         expert_groups=1,
         keep_groups=1,
+        rule="sign",
         steps=0,
     ):
         super().__init__(D, E, k)
@@ -491,12 +500,15 @@ class DeepSeekV3(Gate):
             expert_groups=(expert_groups, fits, f"a divisor of E={E}"),
             keep_groups=(keep_groups, enough, f"from 1 to {expert_groups}, and enough for k={k} experts"),
             gamma=(gamma, gamma >= 0, "at least 0"), anneal=(anneal, 0 <= anneal <= 1, "from 0 to 1"),
+            rule=(rule, rule == "sign" or rule == "quantile" and expert_groups == 1, "sign, or quantile in one group"),
             route_scale=(route_scale, route_scale > 0, "above 0"))  # fmt: skip
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
         self.start_gamma, self.last_step = gamma, anneal * steps if steps else math.inf
         self.route_scale, self.expert_groups, self.keep_groups = route_scale, expert_groups, keep_groups
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("load", torch.zeros(E), persistent=False)  # choices since the last update
+        bins = 2000 if rule == "quantile" and k < E else 0
+        self.register_buffer("margins", torch.zeros(E, bins), persistent=False)  # a histogram of m, from -1 to 1
         self.register_buffer("gamma", torch.tensor(gamma))
         self.loss_weights = {"balance": balance}
 
@@ -520,13 +532,27 @@ class DeepSeekV3(Gate):
         if self.training:
             with torch.no_grad():
                 self.load += self.place.sum(chosen.to(self.load.dtype))
+                if self.margins.numel():
+                    self.margins += self.place.sum(self.histogram(key - key.topk(self.k + 1, dim=1).values[:, -1:]))
         aux = {"balance": balance_loss(s / s.sum(1, keepdim=True).clamp(min=1e-20), chosen, self.place)}
         return Routing(scatter(idx, self.route_scale * w, self.E), aux)
 
+    def histogram(self, m):
+        """(N, E) -> (1, E, bins): how many rows of each column fall into each bin."""
+        h = torch.zeros_like(self.margins)
+        at = ((m.t().clamp(-1, 1) + 1) / 2 * (h.shape[1] - 1)).round().long()
+        return h.scatter_add(1, at, h.new_ones(()).expand(at.shape))[None]
+
     @torch.no_grad()
     def update(self):
-        self.bias += self.gamma * (self.load.mean() - self.load).sign()
+        step = self.gamma * (self.load.mean() - self.load).sign()
+        if self.margins.numel():
+            below = self.margins.cumsum(1)  # (E, bins)
+            at = torch.searchsorted(below, (1 - self.k / self.E) * below[:, -1:])  # (E, 1)
+            step = (1 - 2 * at[:, 0] / (below.shape[1] - 1)) * ((self.gamma > 0) & (below[:, -1] > 0))
+        self.bias += step
         self.load.zero_()
+        self.margins.zero_()
 
 
 class ExpertChoice(Gate):

@@ -619,6 +619,42 @@ def test_deepseek_gamma_is_a_function_of_the_step():
     assert forever.gamma == 0.5
 
 
+def test_deepseek_quantile_rule():
+    """Each bias moves to where N k / E tokens have a positive margin, if the others' cutoffs stay: by sorting. Step
+    after step the loads even out."""
+    gate, x, N, k, E = DeepSeekV3(8, 8, k=2, rule="quantile"), torch.randn(400, 8), 400, 2, 8
+    x[:, 0] = 1
+    gate.weight.data.normal_()
+    load = lambda: (gate.eval()(x, None).G > 0).sum(0)
+    assert load().max() > 1.5 * N * k / E
+    gate.update()
+    assert not gate.bias.any()  # no tokens of a training call, no change
+    for step in range(10):
+        before, key = gate.bias.tolist(), (x @ gate.weight.T).sigmoid().detach() + gate.bias
+        margins = key - key.sort(1).values[:, -k - 1, None]
+        for rows in torch.arange(N).split([150, 250]):  # the calls of a step are added up
+            gate.train()(x[rows], None)
+        gate.update()
+        for e in range(E):
+            cutoff = sorted(margins[:, e].tolist(), reverse=True)[N * k // E]
+            assert gate.bias[e] == pytest.approx(before[e] - cutoff, abs=6e-4)
+    assert load().max() < 1.1 * N * k / E and not gate.margins.any()
+    said = [Recorder(), Recorder()]
+    gate.train()
+    for rows, recorder in zip(torch.arange(N).split([150, 250]), said):
+        gate(x[rows], None, Place(len(rows), mesh=recorder))
+    whole, _ = gate.margins.clone(), gate.margins.zero_()
+    gate(x[:150], None, Place(150, mesh=Recorder(said[1].said)))
+    assert torch.equal(gate.margins, whole) and whole.sum() == N * E  # a rank counts the tokens of all
+    gate.gamma.zero_()
+    before = gate.bias.clone()
+    gate.update()
+    assert torch.equal(gate.bias, before)  # annealed
+    DeepSeekV3(8, 4, k=4, rule="quantile")(x, None)  # nothing to balance
+    with pytest.raises(ValueError, match="deepseekv3's rule=quantile must be sign, or quantile in one group"):
+        DeepSeekV3(8, 4, rule="quantile", expert_groups=2, keep_groups=2)
+
+
 def test_deepseek_groups():
     torch.manual_seed(0)
     x, ids = torch.randn(200, 8), torch.arange(200)
