@@ -131,6 +131,8 @@ def grow(old, old_optimizer, new, new_optimizer, cfg, scores=None):
             width = moe.experts.w1.shape[1]
             neurons = split(scores[name], cfg.n_experts, width, cfg.spawn_ratio) if scores else None
             born = [offspring(e0, layer, first + i, cfg, neurons) for i in range(moe.experts.n)]
+            if moe.shared:
+                moe.shared.w2.zero_()  # it has no ancestor: silent at first, so that the function is the one before
             for weight in born[0]:
                 moe.experts.get_parameter(weight).copy_(torch.stack([child[weight].value for child in born]))
                 heirs[f"{name}.experts.{weight}"] = [child[weight].heir for child in born]

@@ -465,7 +465,7 @@ class DeepSeekV3(Gate):
     itself: divided by its sum it would be 1, without a gradient. expert_groups > 1 limits where a token may go: experts
     form equal groups (nodes), a group's score is the sum of its two largest s + b, and the best keep_groups compete.
     gamma becomes 0 after the share `anneal` of the run (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8 groups,
-    route_scale 2.5 and a shared expert beside the routed ones (not part of a gate); their code's defaults are ours.
+    route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden); their code's defaults are ours.
 
     rule=quantile takes no step size (Jianlin Su, kexue.fm/archives/11619, 2026; used by Kimi K3): b_e moves by just so
     much that, if no other moved, k N / E tokens had expert e above the score s + b that comes next after their k best.

@@ -85,6 +85,7 @@ class Config:
     drop_order: str = flag("", 'who keeps a slot: arrival, choice, score, random; "": the gate\'s own', one_of=ORDERS)
     groups: int = flag(1, "routing groups per process; groups=W on one process routes as W processes do", 1)
     expert_hidden: int = flag(0, "hidden width of an expert; 0: an FFN's; less is a finer mixture", 0, 2**18)
+    shared_hidden: int = flag(0, "hidden width of an expert beside them that every token visits; 0: none", 0, 2**18)
     insist: bool = flag(False, "run a gate that looks at later tokens in a causal model all the same")
 
     diversify: float = flag(-1.0, "share of the run with one expert; -1: the gate's own", -1, 0.99, heading="EvoMoE")
@@ -545,7 +546,7 @@ def from_trained(given, mesh):
         if state["config"]["objective"] != continues:
             raise ValueError(f"--init_from={where}: {path} is a model for {state['config']['objective']}, fine-tuning "
                              f"needs --objective={continues}")  # fmt: skip
-        fields = {name: state["config"][name] for name in MODEL_FIELDS if name != "objective"}
+        fields = {n: state["config"][n] for n in MODEL_FIELDS if n != "objective" and n in state["config"]}
         fields["n_experts"] = 1 if evomoe.is_dense(state) else fields["n_experts"]
         del state["optimizer"]  # and its step: this run begins with its first
         state["step"] = 0
@@ -559,7 +560,7 @@ def from_trained(given, mesh):
 
 
 MODEL_FIELDS = ("objective n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k "
-                "gate_args permute expert_hidden").split()  # fmt: skip
+                "gate_args permute expert_hidden shared_hidden").split()  # fmt: skip
 
 
 def agree(given, fields, where):
