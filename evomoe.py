@@ -131,6 +131,8 @@ def grow(old, old_optimizer, new, new_optimizer, cfg, scores=None):
             width = moe.experts.w1.shape[1]
             neurons = split(scores[name], cfg.n_experts, width, cfg.spawn_ratio) if scores else None
             born = [offspring(e0, layer, first + i, cfg, neurons) for i in range(moe.experts.n)]
+            if moe.shared:
+                moe.shared.w2.zero_()  # it has no ancestor: silent at first, so that the function is the one before
             for weight in born[0]:
                 moe.experts.get_parameter(weight).copy_(torch.stack([child[weight].value for child in born]))
                 heirs[f"{name}.experts.{weight}"] = [child[weight].heir for child in born]
@@ -220,7 +222,7 @@ def split(score, n_experts, width, share):
 
 
 MODEL_FIELDS = ("objective n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k "
-                "gate_args permute expert_hidden").split()  # fmt: skip
+                "gate_args permute expert_hidden shared_hidden").split()  # fmt: skip
 
 
 def agree(given, fields, where):
@@ -239,8 +241,8 @@ def whole(where, objective, mesh):
     if config["objective"] != objective:
         raise ValueError(f"--init_from={where}: {path} is a model for {config['objective']}, fine-tuning needs "
                          f"--objective={objective}")  # fmt: skip
-    fields = {name: config[name] for name in [*MODEL_FIELDS, "capacity_factor", "drop_order", "seed"]}
-    del fields["objective"]
+    names = {*MODEL_FIELDS, "capacity_factor", "drop_order", "seed"} - {"objective"}
+    fields = {name: value for name, value in config.items() if name in names}
     fields["n_experts"] = 1 if is_dense(state) else fields["n_experts"]
     return fields, {name: state[name] for name in ("model", "n_domains", "vocabulary") if name in state}
 

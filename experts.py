@@ -172,14 +172,17 @@ class MoE(nn.Module):
     drop_order       "" (the gate's own), "arrival", "choice", "score" or "random"
     groups           routing groups of this process: groups = W on one process drops, balances and assigns exactly as W
                      ranks do, each of which is a routing group of its own
+    shared           None, or an FFN (Experts with n = 1) that every token visits besides: y = shared(x) + the above
+                     (DeepSeekMoE, arXiv:2401.06066; several of them are one as wide as all). Every rank has it whole,
+                     like a dense layer: no row is sent for it, and no capacity counts it
     stats            detached tensors of the last call, for `log_stats`: never synchronised here
     """
 
-    def __init__(self, gate, experts, mesh=None, capacity_factor=0.0, drop_order="", groups=1):
+    def __init__(self, gate, experts, mesh=None, capacity_factor=0.0, drop_order="", groups=1, shared=None):
         super().__init__()
         if capacity_factor < 0 or not math.isfinite(capacity_factor):
             raise ValueError(f"--capacity_factor={capacity_factor}: use a positive number, or 0 for no limit")
-        self.gate, self.experts, self.mesh = gate, experts, mesh or Mesh()
+        self.gate, self.experts, self.mesh, self.shared = gate, experts, mesh or Mesh(), shared
         self.capacity_factor, self.drop_order, self.groups = capacity_factor, drop_order or gate.drop_order, groups
         drop_priority(self.drop_order, torch.zeros(1, gate.E), Place(1))  # an unknown order should stop the run now
         self.stats = {}
@@ -205,6 +208,7 @@ class MoE(nn.Module):
         routing = self.gate(x, ids, place)
         G = self.apply_capacity(routing, place)  # (N, E)
         y = self.dispatch(x, G)  # (N, D)
+        y = y if self.shared is None else y + self.shared(x)
         self.stats |= {"asked": (routing.G.detach() != 0).sum(0), "tokens": len(x)}  # load before the drop
         return y, dict(routing.aux)
 
@@ -281,7 +285,10 @@ def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
     mine = cfg.n_experts // mesh.ep  # experts on this rank
     experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or hidden, **alike, first=mesh.ep_rank * mine, sharded=True)
     experts.init(cfg.seed, layer, *std)
-    return MoE(gate, experts, mesh, cfg.capacity_factor, cfg.drop_order, cfg.groups)
+    shared = Experts(1, cfg.n_embd, cfg.shared_hidden, **alike, first=cfg.n_experts) if cfg.shared_hidden else None
+    if shared:
+        shared.init(cfg.seed, layer, *std)
+    return MoE(gate, experts, mesh, cfg.capacity_factor, cfg.drop_order, cfg.groups, shared)
 
 
 def check_causality(moes, causal, cfg):

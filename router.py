@@ -413,6 +413,38 @@ class NoisyTopK(Gate):
         return Routing(G, aux)
 
 
+class TopP(Gate):
+    """The likeliest experts until they sum to p: a token of which the router is unsure gets more ("Harder Tasks Need
+    More Experts", Huang et al. 2024, arXiv:2403.07652).
+
+        P = softmax(x W);  experts in order of falling P, and the first t whose sum is at least p;  G = P at those
+
+    No row needs more than p E experts, rounded up (a flat one does): that is the k of a capacity. Where the sum is
+    exactly p, the authors' code takes one more.
+        entropy   mean_n -sum_e P log P, the "dynamic loss", weight 1e-4. Without it the cheapest way to a low task loss
+                  is a flat P, hence many experts
+        balance   weight 1e-2; f is a share of all choices, theirs of all tokens, which also grows with their number
+
+    Reads: content. Balanced by: `balance_loss`. Looks ahead: never.
+    """
+
+    def __init__(self, D, E, p=0.4, balance=0.01, entropy=1e-4):
+        super().__init__(D, E, k=max(1, min(E, math.ceil(p * E - 1e-6))))
+        refuse_unless("topp", p=(p, 0 < p <= 1, "above 0 and at most 1"))
+        self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
+        self.p = p
+        self.loss_weights = {"balance": balance, "entropy": entropy}
+
+    def forward(self, x, ids):
+        logits = linear(x, self.weight)
+        p = logits.softmax(1)
+        w, idx = p.sort(dim=1, descending=True, stable=True)
+        before = w.detach().cumsum(1) - w.detach()  # what the stronger experts sum to: 0 for the first
+        G = scatter(idx, w * (before < self.p), self.E)
+        aux = {"entropy": self.place.mean(-(p * logits.log_softmax(1)).sum(1))}
+        return Routing(G, aux | {"balance": balance_loss(p, G > 0, self.place)})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Balance without a loss
 
@@ -428,7 +460,15 @@ class DeepSeekV3(Gate):
     itself: divided by its sum it would be 1, without a gradient. expert_groups > 1 limits where a token may go: experts
     form equal groups (nodes), a group's score is the sum of its two largest s + b, and the best keep_groups compete.
     gamma becomes 0 after the share `anneal` of the run (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8 groups,
-    route_scale 2.5 and a shared expert beside the routed ones (not part of a gate); their code's defaults are ours.
+    route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden); their code's defaults are ours.
+
+    rule=quantile takes no step size (Jianlin Su, kexue.fm/archives/11619, 2026; used by Kimi K3): b_e moves by just so
+    much that, if no other moved, k N / E tokens had expert e above the score s + b that comes next after their k best.
+
+        m = s + b - the (k+1)-th largest of s + b;   b_e -= the (1 - k / E) quantile of m_e over the step's tokens
+
+    Coordinate descent on the dual of the balanced assignment problem. We read the quantile off a histogram, which adds
+    up over calls and ranks: exact to a bin of 0.001. anneal holds, gamma does not matter unless it is 0.
 
     Reads: content. Balanced by: b, and balance = 1e-4 times E sum_e f_e P_e with P from s / sum s (they take it per
     sequence; a gate does not see sequences and takes the global batch). Looks ahead: never.
@@ -445,6 +485,7 @@ class DeepSeekV3(Gate):
         route_scale=1.0,
         expert_groups=1,
         keep_groups=1,
+        rule="sign",
         steps=0,
     ):
         super().__init__(D, E, k)
@@ -454,12 +495,15 @@ class DeepSeekV3(Gate):
             expert_groups=(expert_groups, fits, f"a divisor of E={E}"),
             keep_groups=(keep_groups, enough, f"from 1 to {expert_groups}, and enough for k={k} experts"),
             gamma=(gamma, gamma >= 0, "at least 0"), anneal=(anneal, 0 <= anneal <= 1, "from 0 to 1"),
+            rule=(rule, rule == "sign" or rule == "quantile" and expert_groups == 1, "sign, or quantile in one group"),
             route_scale=(route_scale, route_scale > 0, "above 0"))  # fmt: skip
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
         self.start_gamma, self.last_step = gamma, anneal * steps if steps else math.inf
         self.route_scale, self.expert_groups, self.keep_groups = route_scale, expert_groups, keep_groups
         self.register_buffer("bias", torch.zeros(E))
         self.register_buffer("load", torch.zeros(E), persistent=False)  # choices since the last update
+        bins = 2000 if rule == "quantile" and k < E else 0
+        self.register_buffer("margins", torch.zeros(E, bins), persistent=False)  # a histogram of m, from -1 to 1
         self.register_buffer("gamma", torch.tensor(gamma))
         self.loss_weights = {"balance": balance}
 
@@ -483,13 +527,27 @@ class DeepSeekV3(Gate):
         if self.training:
             with torch.no_grad():
                 self.load += self.place.sum(chosen.to(self.load.dtype))
+                if self.margins.numel():
+                    self.margins += self.place.sum(self.histogram(key - key.topk(self.k + 1, dim=1).values[:, -1:]))
         aux = {"balance": balance_loss(s / s.sum(1, keepdim=True).clamp(min=1e-20), chosen, self.place)}
         return Routing(scatter(idx, self.route_scale * w, self.E), aux)
 
+    def histogram(self, m):
+        """(N, E) -> (1, E, bins): how many rows of each column fall into each bin."""
+        h = torch.zeros_like(self.margins)
+        at = ((m.t().clamp(-1, 1) + 1) / 2 * (h.shape[1] - 1)).round().long()
+        return h.scatter_add(1, at, h.new_ones(()).expand(at.shape))[None]
+
     @torch.no_grad()
     def update(self):
-        self.bias += self.gamma * (self.load.mean() - self.load).sign()
+        step = self.gamma * (self.load.mean() - self.load).sign()
+        if self.margins.numel():
+            below = self.margins.cumsum(1)  # (E, bins)
+            at = torch.searchsorted(below, (1 - self.k / self.E) * below[:, -1:])  # (E, 1)
+            step = (1 - 2 * at[:, 0] / (below.shape[1] - 1)) * ((self.gamma > 0) & (below[:, -1] > 0))
+        self.bias += step
         self.load.zero_()
+        self.margins.zero_()
 
 
 class ExpertChoice(Gate):
@@ -614,6 +672,53 @@ class DTS(Gate):
         m = top | ((y > self.bar) & ~self.hard)
         G = (y if self.gumbel else z.softmax(1)) * m
         return Routing(G, {"balance": balance_loss(y, m, self.place)})
+
+
+class ReMoE(Gate):
+    """A rectifier instead of top-k: an expert is on where its score is positive, and a price on scores keeps k of them
+    on (Wang et al. 2024, arXiv:2412.14711).
+
+        G = relu(x W)                                                         continuous, also where an expert turns on
+        L1 = lambda * sum_e f_e mean_n G[n, e],  f_e = E / k * share of tokens at e           dear where it is crowded
+        after each step  lambda *= alpha^sign(experts per token - k)          on the global batch since the last step
+
+    lambda starts at 1e-8, is felt after about 100 steps, and then the number of experts falls to k and sways around it:
+    k is a mean over tokens, and no capacity fits before. Traps: a token may get no expert at all (a row of zeros: it
+    passes by this layer). An expert without tokens gets no gradient, only a change of x brings it back. W has no bias:
+    it closes an expert along a direction that all tokens share; had they none, half of the scores would stay positive.
+    The authors share one lambda between the layers, which so may differ in their experts per token; a gate knows one
+    layer. At sign 0 their code lowers lambda, the paper and we leave it. It never falls below its start: ours.
+
+    Reads: content. Balanced by: f_e in the price. Looks ahead: never.
+    """
+
+    def __init__(self, D, E, k=1, start=1e-8, alpha=1.2):
+        super().__init__(D, E, k)
+        refuse_unless("remoe", start=(start, start > 0, "above 0"), alpha=(alpha, alpha >= 1, "at least 1"))
+        self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
+        self.start, self.alpha = start, alpha
+        self.register_buffer("price", torch.tensor(start))  # lambda
+        self.register_buffer("count", torch.zeros(2), persistent=False)  # experts asked, tokens since the last update
+        self.loss_weights = {"l1": 1.0}
+
+    def state(self):
+        return {"log10 lambda": math.log10(float(self.price))}
+
+    def forward(self, x, ids):
+        G = linear(x, self.weight).relu()
+        on = (G > 0).to(G.dtype)
+        share, mean = self.place.mean(torch.stack([on, G], 1))  # (E,) each
+        if self.training:
+            with torch.no_grad():
+                asked = torch.stack([on.sum(1), on.new_ones(len(on))], 1)
+                self.count += self.place.sum(asked.to(self.count.dtype))
+        return Routing(G, {"l1": self.price * self.E / self.k * (share.detach() * mean).sum()})
+
+    @torch.no_grad()
+    def update(self):
+        asked, tokens = self.count
+        self.price.mul_(self.alpha ** (asked - self.k * tokens).sign()).clamp_(min=self.start)
+        self.count.zero_()
 
 
 def smooth_step(t, gamma):

@@ -40,7 +40,9 @@ def layer(mesh, gate):
     experts.register_buffer("age", mesh.part(torch.arange(E).float()))
     for p in gate.parameters():
         p.data.normal_()
-    return MoE(gate, experts, mesh)
+    shared = Experts(1, D, H, bias=True)  # every rank has it whole: its gradient is summed like a dense layer's
+    shared.init(0, 1, 0.5, 0.5)
+    return MoE(gate, experts, mesh, shared=shared)
 
 
 class Net(nn.Module):

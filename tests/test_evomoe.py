@@ -217,6 +217,18 @@ def test_other_spawns(how):
     assert relative == pytest.approx([0.1 if how == "noise" else 0.0] * E, rel=0.1)
 
 
+def test_a_shared_expert_is_silent_at_the_spawn():
+    """Copies under weights that sum to 1 and a shared expert of 24: the function of the dense model; what it counts."""
+    old, _, new, optimizer, cfg = dense_and_grown(spawn="copy", shared_hidden=24)
+    x = torch.arange(8)[None]
+    assert (old.eval()(x)[0] - new.eval()(x)[0]).abs().max() < 1e-5
+    shared = new.stack.blocks[1].ffn.shared
+    assert not shared.w2.any() and shared.w1.any() and shared.w1 not in optimizer.state
+    new(x)[0].square().sum().backward()
+    assert shared.w2.grad.any()
+    assert id(shared.w2) in [id(p) for p in train.make_optimizer(new, cfg).param_groups[0]["params"]]  # decays
+
+
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -361,7 +373,7 @@ def test_gpt2_without_transformers_is_one_line(monkeypatch):
 @pytest.mark.parametrize("tau,reads", [(2.0, "content"), (0.1, "content"), (0.1, "id")])
 def test_flops_per_token_are_the_non_zeros(tau, reads):
     """Against a counter of every matrix product that really ran, in float64, where experts run one by one."""
-    model = GPT(config(gate_args=f"reads={reads}"), V).double()
+    model = GPT(config(gate_args=f"reads={reads}", shared_hidden=8 * (reads == "id")), V).double()
     model.gates()[0].weight.data.normal_()
     model.gates()[0].set("dense", tau, 0.0)
     seen = []

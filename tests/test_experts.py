@@ -109,6 +109,19 @@ def gradients(layer, x, loss):
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), got)}
 
 
+def test_a_shared_expert_sees_every_token():
+    """Beside the routed ones, also where capacity drops a token from all of them; padding stays 0."""
+    x, ids, domain = tokens()
+    layer, live = new_layer("topk", capacity=0.3), torch.arange(len(x)) % 5 > 0
+    without = layer(x, ids, live, domain)[0]
+    layer.shared = Experts(1, D, 3, bias=True, first=E).double()
+    layer.shared.init(0, 1, 0.5, 0.5)
+    layer.shared.b2.data.fill_(0.7)
+    ffn = F.gelu(x @ layer.shared.w1[0].T) @ layer.shared.w2[0] + 0.7
+    assert (without == 0).all(1).sum() > (~live).sum()
+    assert_close(layer(x, ids, live, domain)[0], without + ffn * live[:, None])
+
+
 SCENARIOS = {
     "dropless": dict(),
     "ample": dict(capacity=100.0),

@@ -137,6 +137,7 @@ def test_parameter_counts():
     assert build(gate="switch").n_params() == (dense + 2 * ((E - 1) * ffn + gate), dense + 2 * gate)
     assert build(gate="topk", k=2).n_params() == (dense + 2 * ((E - 1) * ffn + gate), dense + 2 * (ffn + gate))
     assert build(gate="hash").n_params()[1] == dense
+    assert build(gate="hash", shared_hidden=24).n_params()[1] == dense + 2 * (2 * 24 * 16)  # in two layers
 
 
 def whole_state(rank, world, ep):

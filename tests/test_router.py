@@ -30,7 +30,7 @@ from layers import B, E, GATES, STEPS, T, assert_close, gate_args, new_gate, see
 from model import RoBERTa
 from router import (
     BASE, COMET, DTS, DeepSeekV3, DSelectK, ExpertChoice, GShard, GumbelMatching, Hash, LocMoE, LocMoEPlus, NoisyTopK,
-    Permuted, Place, RandomRouted, Routing, Skip, Soft, StableMoE, Switch, TopK,
+    Permuted, Place, RandomRouted, ReMoE, Routing, Skip, Soft, StableMoE, Switch, TopK, TopP,
     balance_loss, balanced_assignment, balanced_table, best_assignment, best_permutation, block_means, cap_probability,
     entropy, gates, locality_loss, locmoe_capacity, make_gate, matching_log_q, queue, skip_weights, smooth_step,
     tree_leaves, z_loss,
@@ -527,6 +527,35 @@ def test_noisy_topk_load_is_the_chance_of_a_redraw(k, monkeypatch):
     assert ((want > 0.05) & (want < 0.95)).sum() > 5  # the example is not a trivial one
 
 
+def test_topp_is_the_smallest_set_that_reaches_p():
+    """By enumeration: of all sets of experts with a sum of at least p the smallest, and of these the likeliest."""
+    gate, x = identity(TopP, 5, p=0.7), torch.randn(100, 5, dtype=torch.float64) * 1.5
+    P = softmax(x.numpy())
+    sets = [list(c) for size in range(1, 6) for c in itertools.combinations(range(5), size)]
+    r = route(gate, x)
+    for G, row in zip(r.G.detach().numpy(), P):
+        best = min((c for c in sets if row[c].sum() >= 0.7), key=lambda c: (len(c), -row[c].sum()))
+        assert np.flatnonzero(G).tolist() == best and np.allclose(G[best], row[best])  # not renormalised
+    assert {1, 2, 3} <= set((r.G > 0).sum(1).tolist())
+    assert r.aux["entropy"].item() == pytest.approx(-(P * np.log(P)).sum(1).mean())
+
+
+def test_topp_by_hand():
+    """P = (1/2, 1/4, 1/4): one expert reaches 1/2, two reach 0.6. f = (1, 0, 0) of all choices, then (1/2, 1/2, 0)."""
+    x = doubles([[2, 1, 1]]).log()
+    for p, n, balance in ((0.5, 1, 3 / 2), (0.6, 2, 3 * (1 / 4 + 1 / 8)), (0.76, 3, 1)):
+        r = route(identity(TopP, 3, p=p), x)
+        assert (r.G > 0).sum() == n and r.aux["balance"].item() == pytest.approx(balance)
+        assert r.aux["entropy"].item() == pytest.approx(1.5 * math.log(2))
+    for E in (4, 5, 8, 10, 16):  # a flat row is the one that needs most; k is the number of experts in it
+        gate = identity(TopP, E)
+        assert gate.k == math.ceil(2 * E / 5) == (route(gate, torch.zeros(1, E).double()).G > 0).sum()
+    assert (route(identity(TopP, 4, p=1.0), torch.randn(9, 4).double()).G > 0).all()
+    for p in (0, 1.1):
+        with pytest.raises(ValueError, match="topp's p=.* must be above 0 and at most 1"):
+            TopP(4, 4, p=p)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Balance without a loss
 
@@ -590,6 +619,42 @@ def test_deepseek_gamma_is_a_function_of_the_step():
     assert forever.gamma == 0.5
 
 
+def test_deepseek_quantile_rule():
+    """Each bias moves to where N k / E tokens have a positive margin, if the others' cutoffs stay: by sorting. Step
+    after step the loads even out."""
+    gate, x, N, k, E = DeepSeekV3(8, 8, k=2, rule="quantile"), torch.randn(400, 8), 400, 2, 8
+    x[:, 0] = 1
+    gate.weight.data.normal_()
+    load = lambda: (gate.eval()(x, None).G > 0).sum(0)
+    assert load().max() > 1.5 * N * k / E
+    gate.update()
+    assert not gate.bias.any()  # no tokens of a training call, no change
+    for step in range(10):
+        before, key = gate.bias.tolist(), (x @ gate.weight.T).sigmoid().detach() + gate.bias
+        margins = key - key.sort(1).values[:, -k - 1, None]
+        for rows in torch.arange(N).split([150, 250]):  # the calls of a step are added up
+            gate.train()(x[rows], None)
+        gate.update()
+        for e in range(E):
+            cutoff = sorted(margins[:, e].tolist(), reverse=True)[N * k // E]
+            assert gate.bias[e] == pytest.approx(before[e] - cutoff, abs=6e-4)
+    assert load().max() < 1.1 * N * k / E and not gate.margins.any()
+    said = [Recorder(), Recorder()]
+    gate.train()
+    for rows, recorder in zip(torch.arange(N).split([150, 250]), said):
+        gate(x[rows], None, Place(len(rows), mesh=recorder))
+    whole, _ = gate.margins.clone(), gate.margins.zero_()
+    gate(x[:150], None, Place(150, mesh=Recorder(said[1].said)))
+    assert torch.equal(gate.margins, whole) and whole.sum() == N * E  # a rank counts the tokens of all
+    gate.gamma.zero_()
+    before = gate.bias.clone()
+    gate.update()
+    assert torch.equal(gate.bias, before)  # annealed
+    DeepSeekV3(8, 4, k=4, rule="quantile")(x, None)  # nothing to balance
+    with pytest.raises(ValueError, match="deepseekv3's rule=quantile must be sign, or quantile in one group"):
+        DeepSeekV3(8, 4, rule="quantile", expert_groups=2, keep_groups=2)
+
+
 def test_deepseek_groups():
     torch.manual_seed(0)
     x, ids = torch.randn(200, 8), torch.arange(200)
@@ -635,6 +700,66 @@ def test_expert_choice_is_exact(training):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dense to sparse, bits, trees: how many experts is learned
+
+
+def test_remoe_by_hand():
+    """Scores (1, -1, 0) and (2, 3, -1): shares (1, 1/2, 0), means (3/2, 3/2, 0), L1 = 3 / k lambda (3/2 + 3/4)."""
+    x = doubles([[1, -1, 0], [2, 3, -1]]).requires_grad_()
+    for k, factor in ((1, 1.2), (2, 1 / 1.2)):  # 3 / 2 experts per token: too many for k = 1, too few for k = 2
+        gate = identity(ReMoE, 3, k=k)
+        gate.price.fill_(0.5)
+        r = route(gate, x)
+        assert r.G.tolist() == [[1, 0, 0], [2, 3, 0]]
+        assert r.aux["l1"].item() == pytest.approx(0.5 * 3 / k * 2.25)
+        (slope,) = torch.autograd.grad(r.aux["l1"], x)
+        assert np.allclose(slope, [[0.75 / k, 0, 0], [0.75 / k, 0.375 / k, 0]])  # lambda f_e / N where G > 0
+        route(gate.eval(), -x)  # evaluation does not count
+        gate.update()
+        assert gate.price.item() == pytest.approx(0.5 * factor) and gate.state_dict().keys() == {"weight", "price"}
+        gate.update()
+        assert gate.price.item() == pytest.approx(0.5 * factor)  # no tokens, no change
+    gate.train()
+    for rows in (x[:1], x[1:], x[1:]):  # 1 + 2 + 2 for 3 tokens: the calls of a step are added up
+        route(gate, rows)
+    assert gate.count.tolist() == [5, 3]
+    gate.price.fill_(1e-8)
+    gate.update()
+    assert gate.price.item() == 1e-8  # not below its start
+
+
+def test_remoe_holds_k_experts_per_token():
+    """Its own loss against a task that wants all of 8 experts on: 2 in the mean, alike loaded. The tokens share a
+    direction; had they none, half of all scores would be positive whatever W is."""
+    gate, x, seen = ReMoE(8, 8, k=2, start=1e-4), torch.randn(100, 8), []
+    x[:, 0] = 1
+    optimizer = torch.optim.SGD(gate.parameters(), 0.3)
+    for _ in range(250):
+        r = route(gate, x)
+        ((1 - r.G).square().mean() + r.aux["l1"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gate.update()
+        seen.append((r.G > 0).float().mean(0))
+    load = torch.stack(seen[150:]).mean(0)
+    assert seen[20].sum() > 7 and load.sum().item() == pytest.approx(2, abs=0.3) and load.max() < 1.2 * load.min()
+
+
+def test_remoe_on_two_ranks_is_one_batch():
+    gate, x, parts = ReMoE(8, 4), torch.randn(50, 8), torch.arange(50).split([20, 30])
+    gate.price.fill_(0.3)
+
+    def call(rows, mesh=None):
+        gate.count.zero_()
+        l1 = gate(x[rows], None, Place(len(rows), mesh=mesh)).aux["l1"]
+        return l1.item(), torch.autograd.grad(l1, gate.weight)[0], gate.count.tolist()
+
+    whole = call(torch.arange(50))
+    said = [Recorder(), Recorder()]
+    for rows, recorder in zip(parts, said):
+        call(rows, recorder)
+    a, b = (call(rows, Recorder(said[1 - i].said)) for i, rows in enumerate(parts))
+    assert a[0] == pytest.approx(whole[0]) and b[0] == pytest.approx(whole[0]) and a[2] == b[2] == whole[2]
+    assert torch.allclose(a[1] + b[1], whole[1], atol=1e-6)  # each rank has its share of the gradient
 
 
 def dts(n=E, tau=1.0, s=1.0, tight=0.0, hard=False, **knobs):
