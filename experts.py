@@ -320,7 +320,7 @@ def log_stats(moes, mesh):
     """
     if not moes:
         return {}
-    loads = mesh.all_reduce(torch.stack([m.stats["asked"] for m in moes])).double().cpu()  # (layers, E)
+    loads = mesh.all_reduce(torch.stack([m.stats["asked"] for m in moes])).cpu().double()  # (layers, E)
     kept = float(mesh.all_reduce(sum(m.stats["load"].sum() for m in moes)))
     tokens = float(mesh.all_reduce(torch.tensor(sum(m.stats["tokens"] for m in moes), device=mesh.device)))
     relative = loads / loads.mean(1, keepdim=True).clamp(min=1e-9)

@@ -229,6 +229,12 @@ def full_precision(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def wide(x):
+    """x in float64, for sums and sorts whose rounding would show. Apple's GPUs have none: from there it goes to the
+    CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def linear(x, weight, bias=None):
     """Router logits (N, E) = x weight^T in float32, the product too (autocast would quietly run it in bf16)."""
     with torch.autocast(x.device.type, enabled=False):
@@ -1115,14 +1121,15 @@ class LocMoEPlus(Gate):
     def slots(self, affinity, idx):
         """Slots per expert for one routing group: affinity, idx (n, k) of the chosen -> (n, E) long, equal rows."""
         most = math.ceil(self.capacity_factor * idx.numel() / self.E)
-        expert, a = idx.flatten(), affinity.flatten().double()
+        a, expert = wide(affinity.flatten()), idx.flatten()
+        expert = expert.to(a.device)
         order, _, _ = queue(expert, a, self.E)
         total = a.new_zeros(self.E).scatter_add(0, expert, a)
         before = (a[order].cumsum(0) - a[order]) - (total.cumsum(0) - total)[expert[order]]  # ahead of me in my queue
-        goal = most * self.least.double()
-        need = a.new_zeros(self.E).scatter_add(0, expert[order], (before < goal).double())
+        goal = most * wide(self.least)
+        need = a.new_zeros(self.E).scatter_add(0, expert[order], (before < goal).to(a.dtype))
         need = torch.where(total < goal, most, need).clamp(math.ceil(self.floor * most), most)
-        return need.long().expand(len(idx), self.E)
+        return need.long().to(idx.device).expand(len(idx), self.E)
 
     def forward(self, x, ids):
         cos = block_means(F.normalize(full_precision(x), dim=1), self.E) * (self.D / self.E) ** 0.5  # (N, E)
@@ -1444,7 +1451,7 @@ def auction(s, price, seats, eps, rounds):
         top, best = (s[rows] - (price.masked_fill(full, torch.inf) if closing else price)).topk(2, dim=1)
         owner[rows] = best[:, 0]
         bid[rows] = price[best[:, 0]] + (top[:, 0] - top[:, 1]).clamp(max=1e3) + eps
-        order = (owner * 1e6 - bid.double()).argsort()  # by expert, highest bid first
+        order = (wide(owner) * 1e6 - wide(bid)).argsort().to(s.device)  # by expert, highest bid first
         at = owner[order]
         start = torch.searchsorted(at, experts)
         last = (start[:E] + seats - 1).clamp(0, N - 1)
@@ -1461,7 +1468,7 @@ def best_permutation(score):
     """(n, n) -> (n,) the column of each row in the permutation with the largest sum: the Hungarian method with
     potentials, exact, O(n^3), in float64 on the CPU. Called by Permuted, rarely: 0.3 ms at n = 8, about 20 ms at n =
     64."""
-    n, cost = len(score), -score.detach().double().nan_to_num().cpu().numpy()
+    n, cost = len(score), -score.detach().cpu().double().nan_to_num().numpy()
     u, v, row_of = np.zeros(n), np.zeros(n + 1), np.full(n + 1, -1)  # potentials; column n stands for "no column yet"
     for row in range(n):
         row_of[n], col = row, n

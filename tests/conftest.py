@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: 
 pytest.register_assert_rewrite("layers", "runs")  # their asserts, too, say what was compared
 import train
 from data.files import write_pairs, write_text
-from runs import BYTES, flags
+from runs import BYTES, flags, write_corpora
 
 torch.set_num_threads(1)
 
@@ -36,22 +36,9 @@ def handlers():
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory):
     """{objective: folder}: two domains of text, and sentence pairs, in bytes."""
-    folder, tok = tmp_path_factory.mktemp("data"), BYTES
-    words = "the cat sat on a mat and saw two dogs run far away from him".split()
-    rng = np.random.default_rng(0)
-    texts = lambda n: [" ".join(rng.choice(words, 12)) for _ in range(n)]
-    split = lambda n: {"prose": texts(n), "code": [t.upper() for t in texts(n)]}
-    write_text(str(folder / "text"), tok, {"train": split(40), "val": split(8)}, "a test")
-    pairs = lambda n: [(t[:13], t[::-1][:11]) for t in texts(n)]
-    write_pairs(
-        str(folder / "pairs"), tok, ("en", "ne"), {"train": pairs(80), "val": pairs(12), "test": pairs(9)}, "a test"
-    )
-    return {
-        "gpt": folder / "text",
-        "roberta": folder / "text",
-        "classify": folder / "text",
-        "translation": folder / "pairs",
-    }
+    folder = tmp_path_factory.mktemp("data")
+    write_corpora(folder)
+    return dict.fromkeys(("gpt", "roberta", "classify"), folder / "text") | {"translation": folder / "pairs"}
 
 
 @pytest.fixture(scope="session")

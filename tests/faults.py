@@ -14,11 +14,9 @@ a fork of this process, which has imported torch already: its own signals, strea
 """
 
 import contextlib
-import json
 import os
 import random
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -30,167 +28,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo  # noqa: F401  AdamW imports it, 3 s: once here instead of once in every child
-import torch.multiprocessing as mp
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from runs import ROOT, TINY, Command, assert_same_run, log, newest, nothing, refuse, run, snapshot, write_corpora
 import dist
 import model
 from data import objectives
-from data.bpe import Tokenizer
-from data.files import write_pairs, write_text
-from ranks import free_port
-
-TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=12 --warmup=2 --eval_every=5 "
-        "--eval_batches=2 --log_every=1 --save_every=3 --sample_tokens=5 --bleu_sentences=2 --beams=2 "
-        "--device=cpu --timeout=8").split()  # fmt: skip
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Corpora and runs
-
-
-def write_corpora(folder):
-    """folder/text with two domains, folder/pairs with sentence pairs, in bytes."""
-    tok, rng = Tokenizer("bytes", [bytes([i]) for i in range(256)]), np.random.default_rng(0)
-    words = "the cat sat on a mat and saw two dogs run far away from him".split()
-    texts = lambda n: [" ".join(rng.choice(words, 12)) for _ in range(n)]
-    pairs = lambda n: [(t[:13], t[::-1][:11]) for t in texts(n)]
-    domains = lambda n: {"prose": texts(n), "code": [t.upper() for t in texts(n)]}
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        write_text(str(folder / "text"), tok, {"train": domains(40), "val": domains(8)}, "a test")
-        splits = {"train": pairs(80), "val": pairs(12), "test": pairs(9)}
-        write_pairs(str(folder / "pairs"), tok, ("en", "ne"), splits, "a test")
-
 
 CORPORA = Path(tempfile.mkdtemp(prefix="faults-"))
 
 
 def flags(out, *more, objective="gpt"):
     kind = "pairs" if objective == "translation" else "text"
-    return [*TINY, f"--objective={objective}", f"--dataset={CORPORA / kind}", f"--out_dir={out}", *more]
-
-
-def nothing(*where):
-    """No fault, no damage."""
-
-
-def as_script(argv, cwd, said, env, before):
-    """In a child: what `python train.py ARGV` does, from __main__ on. before(): a fault to put in."""
-    os.chdir(cwd)
-    os.environ.update(env)
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-        setattr(sys, name, open(fd, "w", buffering=1, closefd=False))
-    sys.argv = ["train.py", *map(str, argv)]
-    status = 1
-    try:
-        before()
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(status)
-
-
-class Command:
-    """`python train.py ARGV` in `folder`, or `world` of them as torchrun would start them."""
-
-    def __init__(self, argv, folder, world=1, before=nothing, env={}, ranks=None):
-        port = free_port()
-        self.said = Path(tempfile.mkdtemp(dir=CORPORA))
-        self.processes = []
-        for rank in range(world) if ranks is None else ranks:
-            names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost",
-                         MASTER_PORT=port)  # fmt: skip
-            names = {key: str(value) for key, value in names.items()} if world > 1 or ranks else {}
-            args = argv, folder, self.said / str(rank), names | env, before
-            self.processes.append(mp.get_context("fork").Process(target=as_script, args=args))
-            self.processes[-1].start()
-
-    def text(self, name, rank="*"):
-        return "".join(path.read_text(errors="replace") for path in sorted(self.said.glob(f"{rank}.{name}")))
-
-    def until(self, words, timeout=30):
-        """Wait until stdout shows the words, or the run is over."""
-        end = time.time() + timeout
-        while words not in self.text("stdout") and self.processes[0].is_alive():
-            assert time.time() < end, f"no {words!r} after {timeout} s"
-            time.sleep(0.01)
-
-    def wait(self, timeout=60):
-        """-> exit statuses, stdout, stderr of all ranks together."""
-        end = time.time() + timeout
-        for process in self.processes:
-            process.join(max(0.1, end - time.time()))
-        hung = [process.pid for process in self.processes if process.is_alive()]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        assert not hung, f"still running after {timeout} s: {self.text('stdout')[-300:]} {self.text('stderr')[-300:]}"
-        return [process.exitcode for process in self.processes], self.text("stdout"), self.text("stderr")
-
-
-def finished(argv, folder, **more):
-    """Run to a good end -> stdout."""
-    status, out, err = Command(argv, folder, **more).wait()
-    assert not any(status) and not err, f"status {status}, stderr {err[-500:]!r}"
-    return out
+    longer = "--max_steps=12 --eval_every=5 --save_every=3 --timeout=8".split()
+    return [*TINY, *longer, f"--objective={objective}", f"--dataset={CORPORA / kind}", f"--out_dir={out}", *more]
 
 
 def refused(argv, folder, *words, **more):
-    """The run ends with status 1 on every rank and one line on stderr that has the words; no file has changed."""
-    before = contents(folder)
-    status, out, err = Command(argv, folder, **more).wait()
-    assert set(status) == {1} and err.startswith("train.py: "), f"status {status}, stderr {err[-500:]!r}"
-    assert err.count("\n") == 1, f"{err.count(chr(10))} lines: {err[-500:]!r}"
-    assert all(word in err for word in words), f"{words} are not all in {err!r}"
-    assert "[Errno" not in err, f"a bare errno: {err!r}"
-    assert contents(folder) == before, f"written: {set(contents(folder).items()) ^ set(before.items())}"
+    """One line, and no file has changed."""
+    before = snapshot(folder)
+    refuse(argv, folder, *words, **more)
+    assert snapshot(folder) == before, f"written: {set(snapshot(folder).items()) ^ set(before.items())}"
 
 
 def some(table, n):
     """n rows of a table (or all), evenly spread."""
     n = min(n, len(table))
     return [list(table)[i * len(table) // n] for i in range(n)]
-
-
-def contents(folder):
-    return {str(path): path.read_bytes() if path.is_file() else "" for path in sorted(folder.rglob("*"))}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What two runs have in common
-
-
-def newest(out):
-    return dist.find(out, warn=lambda text: None)[1]
-
-
-def log(out):
-    """The log's lines without what depends on the clock."""
-    clock = ("seconds", "cpu_seconds", "tokens_per_s")
-    with open(out / "log.jsonl") as f:
-        return [{key: v for key, v in json.loads(line).items() if key not in clock} for line in f]
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def assert_same(one, two):
-    """Bit for bit: weights, moments, step, log."""
-    a, b = newest(one), newest(two)
-    assert all(same(a[part], b[part]) for part in ("model", "optimizer", "step")), "weights or moments differ"
-    assert log(one) == log(two), "the log differs"
 
 
 def assert_close(one, two):
@@ -220,7 +86,7 @@ def uninterrupted(kind):
         folder.mkdir()
         world, more = KINDS[kind]
         began = time.time()
-        finished(flags("out", *more), folder, world=world)
+        run(flags("out", *more), folder, world=world)
         (folder / "seconds").write_text(str(time.time() - began))
     return folder / "out", float((folder / "seconds").read_text())
 
@@ -253,7 +119,7 @@ def kills(n):
                 assert "Traceback" not in err, err
             status, out, err = go_on(kind, folder).wait()
             assert not any(status) and not err, f"status {status}, stderr {err[-500:]!r}"
-            assert_same(whole, folder / "out")
+            assert_same_run(whole, folder / "out")
 
         yield f"{kind}, killed three times", case
 
@@ -277,7 +143,7 @@ def signals(n):
             assert f"stopped after step {step};" in out or step == 12, out[-300:]
             status, out, err = go_on(kind, folder).wait()
             assert not any(status) and not err, f"status {status}, stderr {err[-500:]!r}"
-            assert_same(whole, folder / "out")
+            assert_same_run(whole, folder / "out")
 
         yield f"{kind}, {' '.join(number.name for number in numbers)}", case
 
@@ -304,7 +170,7 @@ def restarts(n):
                 assert launch.wait(max(1, end - time.time())) == 0, said.read_text()[-1000:]
             finally:
                 launch.kill()
-            assert_same(whole, folder / "out")
+            assert_same_run(whole, folder / "out")
 
         yield f"{kind}, a worker killed twice", case
 
@@ -317,13 +183,13 @@ def resharding(n):
 
         def case(folder, a=a, b=b, more=more):
             argv = flags("out", "--n_experts=12", *more)
-            finished(argv, folder, world=a)
+            run(argv, folder, world=a)
             shutil.copytree(folder / "out", folder / "moved")
             (folder / "moved/ckpt_000012.pt").unlink()
             layout = [flag for flag in more if flag.startswith("--ep=")]  # is of a start, not of a run
-            out = finished(["--out_dir=moved", "--init_from=resume", *layout], folder, world=b)
+            out = run(["--out_dir=moved", "--init_from=resume", *layout], folder, world=b)
             assert "loaded moved/ckpt_000009.pt" in out and f"{b} process(es)" in out, out[:300]
-            (assert_same if a == b else assert_close)(folder / "out", folder / "moved")
+            (assert_same_run if a == b else assert_close)(folder / "out", folder / "moved")
 
         yield f"{a} -> {b} processes, {' '.join(more)}", case
 
@@ -401,12 +267,12 @@ def checkpoints(n):
             damage(folder / "out/ckpt_000012.pt")
             resume = [] if name == "a folder" else [["--init_from=resume"]]  # nothing can be saved in its place
             for again in (["--eval_only"], ["--sample=x"], *resume):
-                out = finished(["--out_dir=out", *again], folder)
+                out = run(["--out_dir=out", *again], folder)
                 warning, loaded = out.splitlines()[:2]
                 assert warning.startswith("warning: ") and "out/ckpt_000012.pt" in warning, out[:300]
                 assert loaded.startswith("loaded out/ckpt_000009.pt"), out[:300]
             if resume:
-                assert_same(whole, folder / "out")
+                assert_same_run(whole, folder / "out")
 
         yield f"{name}: the one before is used", case
 
@@ -550,8 +416,8 @@ def limits(n):
     for argv in some(LIMITS, n):
 
         def case(folder, more=argv.split()):
-            finished(flags("out", *more), folder)
-            finished(["--out_dir=out", "--sample=the cat", *more], folder)
+            run(flags("out", *more), folder)
+            run(["--out_dir=out", "--sample=the cat", *more], folder)
 
         yield argv, case
 
@@ -617,8 +483,8 @@ def ended(n):
             whole, _ = uninterrupted(kind)
             shutil.copytree(whole, folder / "out")
             for _ in range(2):
-                finished(["--out_dir=out", "--init_from=resume"], folder, world=KINDS[kind][0])
-            assert_same(whole, folder / "out")
+                run(["--out_dir=out", "--init_from=resume"], folder, world=KINDS[kind][0])
+            assert_same_run(whole, folder / "out")
 
         yield f"{kind}, resumed twice after its end", case
 

@@ -1,29 +1,33 @@
 """
-Runs of train.py at a tiny size: flags, the script as a process, what a run has left behind.
+Runs of train.py at a tiny size: corpora, flags, the script as a process, what a run has left behind. For the tests and
+for faults.py, so without pytest.
 
 A command runs as a fork of this process, which has imported torch already: `python train.py ...` with its own signals,
 exit status and streams, without 6 s of imports. Where torchrun itself matters, it is the real one.
 """
 
+import contextlib
 import json
 import os
 import re
-import resource
 import runpy
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch._dynamo  # noqa: F401  AdamW imports it, 3 s: once here instead of once in every child
 import torch.multiprocessing as mp
 
+from ranks import free_port
 import dist
 import train
 from data.bpe import Tokenizer
-from ranks import free_port
+from data.files import write_pairs, write_text
 
 ROOT = Path(train.__file__).parent
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=6 --warmup=2 --eval_every=0 "
@@ -32,6 +36,18 @@ TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max
 OBJECTIVES = ["gpt", "roberta", "translation"]
 BYTES = Tokenizer("bytes", [bytes([i]) for i in range(256)])
 LAST, FIRST = "ckpt_000006.pt", "ckpt_000003.pt"  # checkpoints of the fixture `trained`
+
+
+def write_corpora(folder):
+    """folder/text with two domains, folder/pairs with sentence pairs, in bytes."""
+    words, rng = "the cat sat on a mat and saw two dogs run far away from him".split(), np.random.default_rng(0)
+    texts = lambda n: [" ".join(rng.choice(words, 12)) for _ in range(n)]
+    domains = lambda n: {"prose": texts(n), "code": [t.upper() for t in texts(n)]}
+    pairs = lambda n: [(t[:13], t[::-1][:11]) for t in texts(n)]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        write_text(str(folder / "text"), BYTES, {"train": domains(40), "val": domains(8)}, "a test")
+        splits = {"train": pairs(80), "val": pairs(12), "test": pairs(9)}
+        write_pairs(str(folder / "pairs"), BYTES, ("en", "ne"), splits, "a test")
 
 
 def config(gate="switch", **more):
@@ -48,23 +64,28 @@ def flags(corpora, out, *more, objective="gpt"):
 # The script
 
 
-def as_script(argv, cwd, env, limit):
-    """Child process: what `python train.py ARGV` does, from __main__ on."""
-    os.chdir(cwd)
+def nothing(*where):
+    """No fault, no damage."""
+
+
+def as_script(argv, folder, said, env, before):
+    """In a child: what `python train.py ARGV` does, from __main__ on. before(): a fault to put in."""
+    os.chdir(folder)
     os.environ.update(env)
     for fd, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{env.get('RANK', '')}{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         setattr(sys, name, open(fd, "w", buffering=1, closefd=False))
     torch.set_num_threads(1)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["train.py", *map(str, argv)]
     status = 1
     try:
+        before()
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         status = 0
-    except SystemExit as e:
-        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -72,56 +93,60 @@ def as_script(argv, cwd, env, limit):
 
 
 class Command:
-    """`python train.py ARGV`, or W of them as torchrun would start them, running in the folder cwd."""
+    """`python train.py ARGV` in `folder`, or `world` > 1 of them as torchrun would start them."""
 
-    def __init__(self, argv, cwd, world=0, limit=0, env={}):
-        self.cwd, fork, port = Path(cwd), mp.get_context("fork"), free_port()
+    def __init__(self, argv, folder, world=1, before=nothing, env={}):
+        fork, port, self.said = mp.get_context("fork"), free_port(), tempfile.TemporaryDirectory()
         self.processes = []
-        for rank in range(max(1, world)):
+        for rank in range(world):
             names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost",
-                         MASTER_PORT=port) if world else {}  # fmt: skip
-            names = {k: str(v) for k, v in names.items()} | env
-            self.processes.append(fork.Process(target=as_script, args=(argv, cwd, names, limit)))
+                         MASTER_PORT=port) if world > 1 else {}  # fmt: skip
+            names = {key: str(value) for key, value in names.items()} | env
+            args = argv, folder, f"{self.said.name}/{rank}", names, before
+            self.processes.append(fork.Process(target=as_script, args=args))
             self.processes[-1].start()
-        self.pids = [p.pid for p in self.processes]
 
-    def wait(self, timeout=60):
-        """Exit status (of the first rank that failed), stdout and stderr of rank 0."""
-        try:
-            for p in self.processes:
-                p.join(timeout)
-                assert p.exitcode is not None, f"still running after {timeout} s: {self.text('stdout')[-2000:]}"
-        finally:
-            for p in self.processes:
-                p.kill()
-        status = next((p.exitcode for p in self.processes if p.exitcode), 0)
-        return status, self.text("stdout"), self.text("stderr")
-
-    def text(self, name):
-        path = self.cwd / f"{0 if len(self.processes) > 1 else ''}{name}.txt"
-        return path.read_text(errors="replace") if path.exists() else ""
+    def text(self, name, rank="*"):
+        paths = sorted(Path(self.said.name).glob(f"{rank}.{name}"))
+        return "".join(path.read_text(errors="replace") for path in paths)
 
     def until(self, pattern, timeout=60):
-        """Wait until stdout shows the pattern."""
+        """Wait until stdout shows the pattern, or the run is over."""
         end = time.time() + timeout
-        while not re.search(pattern, self.text("stdout")):
-            assert time.time() < end and self.processes[0].is_alive(), self.text("stdout") + self.text("stderr")
-            time.sleep(0.05)
+        while not re.search(pattern, self.text("stdout")) and self.processes[0].is_alive():
+            assert time.time() < end, f"no {pattern!r} after {timeout} s"
+            time.sleep(0.01)
+
+    def kill(self, number, rank=0):
+        os.kill(self.processes[rank].pid, number)
+
+    def wait(self, timeout=60):
+        """-> exit statuses, stdout, stderr of all ranks together."""
+        end = time.time() + timeout
+        for process in self.processes:
+            process.join(max(0.1, end - time.time()))
+        hung = [process.pid for process in self.processes if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not hung, f"still running after {timeout} s: {self.text('stdout')[-300:]} {self.text('stderr')[-300:]}"
+        return [process.exitcode for process in self.processes], self.text("stdout"), self.text("stderr")
 
 
-def run(argv, cwd, **more):
-    status, out, err = Command(argv, cwd, **more).wait()
-    assert status == 0, out[-2000:] + err[-4000:]
+def run(argv, folder, **more):
+    """Run to a good end -> stdout."""
+    status, out, err = Command(argv, folder, **more).wait()
+    assert not any(status) and not err, f"status {status}, stdout {out[-500:]!r}, stderr {err[-4000:]!r}"
     return out
 
 
-def refuse(argv, cwd, *parts, **more):
-    """The command must fail with one line that holds all the parts."""
-    status, out, err = Command(argv, cwd, **more).wait()
-    assert status not in (0, None) and "Traceback" not in err + out, err
-    assert len(err.strip().splitlines()) == 1 and err.startswith("train.py: "), err
-    for part in parts:
-        assert part in err, f"{part!r} is not in {err!r}"
+def refuse(argv, folder, *words, **more):
+    """The run ends with status 1 on every rank and one line on stderr that has the words."""
+    status, out, err = Command(argv, folder, **more).wait()
+    assert set(status) == {1} and err.startswith("train.py: "), f"status {status}, stderr {err[-500:]!r}"
+    assert err.count("\n") == 1, f"{err.count(chr(10))} lines: {err[-500:]!r}"
+    assert all(word in err for word in words), f"{words} are not all in {err!r}"
+    assert "[Errno" not in err, f"a bare errno: {err!r}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,10 +157,11 @@ def newest(out):
     return dist.load(dist.latest(out))
 
 
-def log(out, keep=("step", "loss", "norm", "val_loss", "lr", "load")):
-    """The log's lines, without what depends on the clock; keep=None: all of it."""
+def log(out):
+    """The log's lines, without what depends on the clock."""
+    clock = "seconds", "cpu_seconds", "tokens_per_s"
     with open(Path(out) / "log.jsonl") as f:
-        return [{k: v for k, v in json.loads(line).items() if keep is None or k in keep} for line in f]
+        return [{key: v for key, v in json.loads(line).items() if key not in clock} for line in f]
 
 
 def same(a, b):
@@ -148,8 +174,8 @@ def assert_same_run(a, b):
     """Bit for bit: weights, moments, step, and the log."""
     one, two = newest(a), newest(b)
     for part in ("model", "optimizer", "step"):
-        assert same(one[part], two[part]), part
-    assert log(a) == log(b)
+        assert same(one[part], two[part]), f"another {part}"
+    assert log(a) == log(b), f"another log: {[pair for pair in zip(log(a), log(b)) if pair[0] != pair[1]][:2]}"
 
 
 def assert_close_run(a, b, tol=1e-5):
@@ -174,4 +200,4 @@ def copy_of(out, tmp_path, *drop):
 
 def snapshot(folder):
     """{path: content} of a folder, to see that nothing was touched."""
-    return {str(p): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {str(p): p.read_bytes() if p.is_file() else "" for p in sorted(Path(folder).rglob("*"))}

@@ -48,7 +48,7 @@ def train_on(corpus, out, **flags):
              "save_every": 1,
              "eval_every": 0, "sample_tokens": 1, "device": "cpu", **flags}  # fmt: skip
     train.main([f"--{name}={value}" for name, value in flags.items()])
-    return runs.log(out, keep=None)
+    return runs.log(out)
 
 
 def small_gpt(cfg, mesh=None, n_experts=0):

@@ -18,6 +18,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves_of
 
 import evomoe
 import router
@@ -92,6 +94,29 @@ def kept(G, priority, capacity):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The interface
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_float64_is_asked_for_by_name(gate, monkeypatch):
+    """Some devices have none, so every tensor of float64 that a gate makes on its device goes through router.wide."""
+    monkeypatch.setattr(router, "wide", lambda x: x.float())
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            seen.extend(str(op) for t in tree_leaves_of(out) if torch.is_tensor(t) and t.dtype == torch.float64)
+            return out
+
+    g, x, ids = build(gate, D, 4), torch.randn(24, D, requires_grad=True), torch.randint(V, (24,))
+    with Watch():
+        for step in (0, 50, 99):
+            g.set_step(step)
+            r = g(x, ids)
+            if r.G.requires_grad:
+                r.G.sum().backward()
+            g.update()
+    assert not seen
 
 
 def test_make_gate_explains_what_is_wrong():
