@@ -1247,7 +1247,7 @@ class GumbelMatching(Gate):
         if not len(logp):
             return logp
         z, dist = best_assignment(logp + noise, self.slots(len(logp)))
-        z, dist = z.to(logp.device), dist.to(logp.device)
+        z, dist = z.to(logp.device), dist.to(logp)
         w = (logp - matching_log_q(logp, z, dist)).gather(1, z[:, None]).exp()
         return scatter(z[:, None], w.clamp(max=self.clip) if self.clip else w, self.E)
 
@@ -1621,7 +1621,7 @@ def matching_log_q(logp, z, dist):
     With row n's noise integrated out, z_n = argmax_j logp[n, j] + gumbel + V_j, V_j the best the others can do when n
     takes a slot at j. If n sits at z_n, taking a slot at j instead costs the others dist[j, z_n]: somebody moves out
     of j, ..., and the last one into the slot that n left. No path to z_n uses row n itself."""
-    return (logp - dist.T[z].to(logp)).log_softmax(1)
+    return (logp - dist.T[z]).log_softmax(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -208,7 +208,9 @@ def budgets(dense_steps=600):
     return table
 
 
-STUDENT = "--init_from={teacher} --n_experts=4 --gate=hash --distill=1 --expert_hidden=128 --spawn_ratio=0.67"
+STUDENT = (
+    "--init_from={teacher} --n_experts=4 --gate=hash --distill=1 --expert_hidden=128 --spawn_ratio=0.67 --max_steps=300"
+)
 LOCAL = "--gate=locmoe --gate_args=locality="
 CLAIMS = {
     "evomoe": Claim(

@@ -105,7 +105,9 @@ def test_float64_is_asked_for_by_name(gate, monkeypatch):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             out = op(*args, **(kwargs or {}))
-            seen.extend(str(op) for t in tree_leaves_of(out) if torch.is_tensor(t) and t.dtype == torch.float64)
+            here = [t for t in tree_leaves_of(out) if torch.is_tensor(t)]
+            if op is not torch.ops.aten.lift_fresh.default:  # numpy's, on the CPU
+                seen.extend(str(op) for t in here if t.dtype == torch.float64)
             return out
 
     g, x, ids = build(gate, D, 4), torch.randn(24, D, requires_grad=True), torch.randint(V, (24,))
