@@ -676,12 +676,6 @@ def find(folder, warn=warn):
         raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is usable")
 
 
-def latest(folder):
-    """Path of the newest usable checkpoint, None if there is none. For one process."""
-    found = find(folder)
-    return found and found[0]
-
-
 def newest(folder, mesh):
     """(path, state) of the newest usable checkpoint, on every rank. ValueError, on every rank, if there is none.
 

@@ -74,23 +74,23 @@ class Experts(nn.Module):
         whatever the number of ranks, and expert 0 is the FFN that a dense model would have here."""
         for i in range(self.n):
             rng = torch.Generator().manual_seed(((seed * 1009 + layer) * 1009 + self.first + i) * 2 + 1)
-            self.w1[i] = torch.empty(self.w1[i].t().shape).normal_(0, std1, generator=rng).t()
+            self.w1[i] = torch.empty(self.w1[i].t().shape).normal_(0, std1, generator=rng).t()  # once (n, D, H)
             self.w2[i].normal_(0, std2, generator=rng)
 
     def forward(self, rows, counts=None):
         """rows (M, D) sorted by expert, counts (n,) rows of each -> (M, D). With n = 1, rows (..., D), no counts."""
-        w1, w2, b1, b2 = self.w1, self.w2, self.b1, self.b2
         if torch.is_autocast_enabled(rows.device.type):  # grouped_mm is not on autocast's list
-            dtype = torch.get_autocast_dtype(rows.device.type)
-            rows, w1, w2 = rows.to(dtype), w1.to(dtype), w2.to(dtype)
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        h = self.affine(rows, self.w1.transpose(1, 2), self.b1, counts)  # (M, H)
+        return self.affine(self.dropout(F.gelu(h, approximate=self.gelu)), self.w2, self.b2, counts)
+
+    def affine(self, rows, w, b, counts):
+        """Each expert's rows times its matrix, plus its bias: rows (M, A), w (n, A, B), b (n, B) or None -> (M, B)."""
+        w, b = w.to(rows.dtype), None if b is None else b.to(rows.dtype)
         if self.n == 1:
-            h = F.linear(rows, w1[0], None if b1 is None else b1[0])
-            y = self.dropout(F.gelu(h, approximate=self.gelu)) @ w2[0]
-            return y if b2 is None else y + b2[0]
-        h = grouped_mm(rows, w1.transpose(1, 2), counts)  # (M, H)
-        h = h if b1 is None else h + b1.to(h.dtype).repeat_interleave(counts, 0, output_size=len(rows))
-        y = grouped_mm(self.dropout(F.gelu(h, approximate=self.gelu)), w2, counts)  # (M, D)
-        return y if b2 is None else y + b2.repeat_interleave(counts, 0, output_size=len(rows))
+            return rows @ w[0] if b is None else rows @ w[0] + b[0]
+        y = grouped_mm(rows, w, counts)
+        return y if b is None else y + b.repeat_interleave(counts, 0, output_size=len(rows))
 
 
 def grouped_mm(rows, w, counts):
@@ -114,7 +114,8 @@ def drop(G, capacity, priority=None):
     """Capacity as a map from G to G: each expert keeps `capacity` rows, the rest of its column becomes exactly 0.
 
     G (N, E); capacity an int or (E,) tensor; priority (N, E), higher is kept first, None = arrival order, that is
-    token order, which is causal for any k: a token's slot depends on earlier tokens only.
+    token order, which is causal for any k: a token's slot depends on earlier tokens only. What is left of a row is not
+    renormalised; a row that loses all its entries gives y = 0, and the block's residual carries its token on.
     """
     expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert, tokens in order
     if priority is not None:
@@ -207,9 +208,9 @@ class MoE(nn.Module):
         """x (N, D) without padding -> y (N, D), aux: the gate fills G, capacity thins it out, dispatch computes."""
         routing = self.gate(x, ids, place)
         G = self.apply_capacity(routing, place)  # (N, E)
-        y = self.dispatch(x, G)  # (N, D)
+        y, sent = self.dispatch(x, G)  # (N, D)
         y = y if self.shared is None else y + self.shared(x)
-        self.stats |= {"asked": (routing.G.detach() != 0).sum(0), "tokens": len(x)}  # load before the drop
+        self.stats = {"asked": (routing.G.detach() != 0).sum(0), "tokens": len(x), **sent}  # asked: before the drop
         return y, dict(routing.aux)
 
     def where(self, x, live, index, domain):
@@ -248,7 +249,8 @@ class MoE(nn.Module):
 
     @torch.compiler.disable
     def dispatch(self, x, G):
-        """x (N, D), G (N, E) -> y (N, D): computes exactly the rows where G is not zero."""
+        """x (N, D), G (N, E) -> y (N, D), computed from exactly the rows where G is not zero; and, for stats, what was
+        sent: kept (E,) rows of each expert, the table of to_experts, the bytes of a row."""
         N, E = G.shape
         expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert; the sync
         counts = (G != 0).sum(0)  # (E,); bincount would synchronise
@@ -259,8 +261,7 @@ class MoE(nn.Module):
         rows = self.mesh.to_tokens(rows, back)  # (M, D), in the order in which they left
         g = G.flatten().gather(0, token * E + expert)  # (M,)
         y = torch.zeros(N, x.shape[1], dtype=g.dtype, device=x.device).index_add_(0, token, rows * g[:, None])
-        self.stats = {"load": counts, "table": getattr(back, "table", None), "row_bytes": row_bytes}
-        return y.to(x.dtype)
+        return y.to(x.dtype), {"kept": counts, "table": back.table, "row_bytes": row_bytes}
 
 
 def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
@@ -321,7 +322,7 @@ def log_stats(moes, mesh):
     if not moes:
         return {}
     loads = mesh.all_reduce(torch.stack([m.stats["asked"] for m in moes])).cpu().double()  # (layers, E)
-    kept = float(mesh.all_reduce(sum(m.stats["load"].sum() for m in moes)))
+    kept = float(mesh.all_reduce(sum(m.stats["kept"].sum() for m in moes)))
     tokens = float(mesh.all_reduce(torch.tensor(sum(m.stats["tokens"] for m in moes), device=mesh.device)))
     relative = loads / loads.mean(1, keepdim=True).clamp(min=1e-9)
     out = {

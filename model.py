@@ -250,7 +250,8 @@ class RoBERTa(Model):
         if n_classes:
             drop, last = nn.Dropout(cfg.dropout), nn.Linear(D, n_classes)
             self.classifier = nn.Sequential(nn.Linear(D, D), nn.Tanh(), drop, last)
-            self.dense.requires_grad_(False), self.ln.requires_grad_(False)
+            for unused in (self.dense, self.ln):
+                unused.requires_grad_(False)
         self.init_weights(std)
 
     @staticmethod

@@ -76,9 +76,9 @@ class Gate(nn.Module):
     loss_weights  {aux name: weight in the loss}; an entry of aux without a weight is only logged
     place         where the rows stand in the global batch, see Place; on one process there is nothing to know
 
-    What changes over a run is held in 0-dim buffers and filled by set_step, a pure function of the step: so a
-    checkpoint has it, a resumed run has the same, and a compiled forward reads a tensor instead of being compiled anew
-    for each value.
+    What changes over a run follows from the step alone: set_step fills it in, so a resumed run has the same. What
+    forward reads of it is held in 0-dim buffers: a compiled forward reads a tensor instead of being compiled anew for
+    each value.
     """
 
     looks_ahead = "never"
@@ -94,7 +94,10 @@ class Gate(nn.Module):
 
     def __call__(self, x, ids, place=None):
         self.place = place or Place(len(x))
-        return super().__call__(x, ids)
+        routing = super().__call__(x, ids)
+        if not isinstance(routing, Routing):
+            raise TypeError(f"{type(self).__name__}.forward must return Routing(G, aux), not {type(routing).__name__}")
+        return routing
 
     def forward(self, x, ids):
         raise NotImplementedError
@@ -110,7 +113,7 @@ class Gate(nn.Module):
         """[(name, first step)] of its schedule, for the table at the start of a run."""
         return [("mixture", 0)]
 
-    def state(self):
+    def report(self):
         """{name: number or text} for the log line."""
         return {}
 
@@ -122,8 +125,9 @@ class Place:
     statistics that a paper takes over "the batch" go through mean(), noise through rand(), and assignments that couple
     tokens (balanced assignment, expert choice, capacity) through per_group(): one group per rank, as in GShard.
 
-    n        rows of this call; rows (n,) their global numbers (None: 0..n-1); total: rows in the global batch
-    sizes    lengths of the routing groups, consecutive runs of rows; sum(sizes) == n
+    n        rows of this call; rows (n,) their global numbers (None: 0..n-1); total: rows in the global batch, padding
+             included
+    sizes    lengths of the routing groups, consecutive runs of rows; sum(sizes) == n. "Group" alone always means these
     domain   (n,) long, the document's domain (or language), or None
     node     (n,) long, the node a row lives on; near (nodes, E) bool, the experts that live on each node
     mesh     dist.Mesh, or None for one process
@@ -163,7 +167,8 @@ class Place:
         return (s[:-1] / s[-1].detach().clamp(min=1)).view(t.shape[1:])
 
     def per_group(self, fn, *args):
-        """fn on each routing group's rows, results concatenated; tensors (n, ...) are split, all else is passed on."""
+        """fn on each routing group's rows, results concatenated; tensors (n, ...) are split, all else is passed on. A
+        group may have no rows."""
         if len(self.sizes) == 1:
             return fn(*args)
         parts = [t.split(self.sizes) if isinstance(t, Tensor) else [t] * len(self.sizes) for t in args]
@@ -242,7 +247,7 @@ def linear(x, weight, bias=None):
 
 
 def scatter(idx, w, E):
-    """(N, k) expert numbers and weights -> G (N, E)."""
+    """idx (N, k) expert numbers, distinct in a row, and w (N, k) their weights -> G (N, E)."""
     return w.new_zeros(w.shape[0], E).scatter(1, idx, w)
 
 
@@ -251,8 +256,9 @@ def balance_loss(p, chosen, place):
 
     p (N, E) probabilities, P_e their mean: it carries the gradient, which lowers the logits of crowded experts.
     chosen (N, E) bool, before any drop; f_e is expert e's share of all choices: a count, divided by k, no gradient.
-    1 at perfect balance, E when everything goes to one expert with certainty. 1 is not the minimum: f and P can be
-    anti-aligned. Both means run over the global batch.
+    1 at perfect balance, E when everything goes to one expert with certainty; but about 1 for any f while P is flat: it
+    acts on a collapse, whether there is one the load shows. 1 is not the minimum: f and P can be anti-aligned. Both
+    means run over the global batch.
     """
     f, P = place.mean(torch.stack([chosen.to(p.dtype), p], 1))
     f = f.detach() / f.detach().sum().clamp(min=1e-9)
@@ -629,16 +635,16 @@ class DTS(Gate):
             init=(init, init >= 0, "at least 0"))  # fmt: skip
         self.by_id = reads == "id"
         self.weight = nn.Parameter(torch.randn(V, E) if self.by_id else init * torch.randn(E, D) * D**-0.5)
-        self.least, self.bars, self.gumbel = k, (threshold, tighten), combine == "gumbel"
-        self.taus = tau_max, tau_min
-        self.noises = dict(none=(0.0, 0.0), annealed=(1.0, 0.0), constant=(1.0, 1.0))[noise]
+        self.final_k, self.bar_range, self.gumbel = k, (threshold, tighten), combine == "gumbel"
+        self.tau_range = tau_max, tau_min
+        self.noise_range = dict(none=(0.0, 0.0), annealed=(1.0, 0.0), constant=(1.0, 1.0))[noise]
         self.sparse_from, self.hard_from, self.steps = round(dense * steps), round(hard * steps), steps
         self.register_buffer("tau", torch.tensor(0.0))
         self.register_buffer("noise", torch.tensor(0.0))
         self.register_buffer("bar", torch.tensor(0.0))
         self.register_buffer("hard", torch.tensor(False))
         self.loss_weights = {"balance": balance}
-        self.set("dense", tau_max, self.noises[0])
+        self.set("dense", tau_max, self.noise_range[0])
 
     def phases(self):
         table = [("dense", 0, self.sparse_from), ("tighten", self.sparse_from, self.hard_from),
@@ -646,8 +652,8 @@ class DTS(Gate):
         return [(name, first) for name, first, end in table if first < end]
 
     def set_step(self, step):
-        high, low = self.taus
-        first, last = self.noises
+        high, low = self.tau_range
+        first, last = self.noise_range
         if step < self.sparse_from:
             t = step / self.sparse_from
             self.set("dense", high + (low - high) * t, first + (last - first) * t)
@@ -659,22 +665,22 @@ class DTS(Gate):
     def set(self, phase, tau, noise=0.0, tight=0.0):
         """What holds from the next call on: the temperature, the scale of the noise, and how far the bar has risen (0
         to 1, geometrically); in the phase "hard" only the k largest count."""
-        low, high = self.bars
+        low, high = self.bar_range
         self.phase = phase
         self.tau.fill_(tau)
         self.noise.fill_(noise)
         self.bar.fill_(low * (high / low) ** tight)
         self.hard.fill_(phase == "hard")
-        self.k = self.least if phase == "hard" else self.E  # for capacity: a dense gate asks every expert
+        self.k = self.final_k if phase == "hard" else self.E  # for capacity: a dense gate asks every expert
 
-    def state(self):
+    def report(self):
         return {"phase": self.phase, "tau": float(self.tau), "bar": float(self.bar)}
 
     def forward(self, x, ids):
         z = self.weight[ids] if self.by_id else linear(x, self.weight)  # (N, E)
         noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
         y = ((z + noise) / self.tau).softmax(1)
-        top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.least, dim=1).indices, True)
+        top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.final_k, dim=1).indices, True)
         m = top | ((y > self.bar) & ~self.hard)
         G = (y if self.gumbel else z.softmax(1)) * m
         return Routing(G, {"balance": balance_loss(y, m, self.place)})
@@ -708,7 +714,7 @@ class ReMoE(Gate):
         self.register_buffer("count", torch.zeros(2), persistent=False)  # experts asked, tokens since the last update
         self.loss_weights = {"l1": 1.0}
 
-    def state(self):
+    def report(self):
         return {"log10_lambda": math.log10(float(self.price))}
 
     def forward(self, x, ids):
@@ -1282,7 +1288,8 @@ def score_function_term(log_prob, nll, pick, n_global, mesh):
 
 
 class Permuted(nn.Module):
-    """Permutation-based local search: learn which expert each output of a gate feeds (COMET, arXiv:2306.02824).
+    """Permutation-based local search: learn which expert each output of a gate feeds (COMET, arXiv:2306.02824). Stands
+    in a gate's place, with its calls, and is not one: `--gate` does not offer it.
 
         G' = G P,   P[i, e] = 1: output i feeds expert e
         search      P = Sinkhorn(L / tau), L (E, E) learned with everything else; evaluation uses a hard P
@@ -1356,8 +1363,8 @@ class Permuted(nn.Module):
     def phases(self):
         return self.gate.phases()
 
-    def state(self):
-        return self.gate.state()
+    def report(self):
+        return self.gate.report()
 
     def forward(self, x, ids, place=None):
         G, aux, priority, capacity = self.gate(x, ids, place)

@@ -141,8 +141,9 @@ def learning_rate(step, cfg):
 
 
 def make_optimizer(model, cfg):
-    """AdamW; weight decay on matrices only, and not in gates, whose splits it would soften (COMET, DSelect-k). Frozen
-    parameters stay out: Adam moves a parameter with zero gradient."""
+    """AdamW; weight decay on matrices only, and not in gates, whose splits it would soften (COMET, DSelect-k). What is
+    frozen stays out: Adam moves a parameter with zero gradient. What freezes later has no .grad then, and is skipped
+    (router.StableMoE)."""
     decay, rest = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -372,7 +373,7 @@ def say_what_to_expect(run):
 def describe(run, done, batch, task, aux):
     """What the log says about a step. -> (dict for log.jsonl, line for the screen). Collective."""
     cfg, mesh, moes, gates = run.cfg, run.mesh, run.model.moes(), run.model.gates()
-    stats, state = log_stats(moes, mesh), gates[0].state() if gates else {}
+    stats, state = log_stats(moes, mesh), gates[0].report() if gates else {}
     values = {"loss": float(mesh.all_reduce(task))}
     for name, value in aux.items():  # per layer; the distillation terms are shares of ranks
         values[name] = float(mesh.all_reduce(value)) if name in ("mse", "kl") else float(value) / max(1, len(moes))
@@ -505,9 +506,9 @@ def assemble(cfg, state, mesh):
                          "checkpoint was trained with: prepare it as it was then")  # fmt: skip
     torch.manual_seed(cfg.seed)
     build = functools.partial(build_model, cfg, objective, mesh, n_domains)
-    model = mixture = build(cfg.n_experts)  # also before a spawn: wrong knobs of a gate should stop the run now
-    if cfg.n_experts > 1 and (evomoe.is_dense(state) if state else cfg.diversify > 0):
-        model = build(1)
+    mixture = build(cfg.n_experts)  # also before a spawn: wrong knobs of a gate should stop the run now
+    dense_first = cfg.n_experts > 1 and (evomoe.is_dense(state) if state else cfg.diversify > 0)
+    model = build(1) if dense_first else mixture
     note = check_causality(mixture.moes(), objective.causal, cfg)
     optimizer = make_optimizer(model, cfg)
     if "optimizer" in state:

@@ -83,7 +83,8 @@ def random_starts(corpus, cfg, rng, n_nodes):
     if cfg.shard_by_domain:
         if n_nodes < 2 or not room.all():
             raise ValueError(f"--shard_by_domain gives each node a domain of its own: it needs several nodes (here "
-                             f"{n_nodes}; --ranks_per_node plays some) and domains longer than {T} tokens")  # fmt: skip
+                             f"{n_nodes}; --ranks_per_node plays some) and domains longer than {T} tokens; to go on "
+                             "without: --shard_by_domain=false")  # fmt: skip
         micro = B // cfg.grad_accum
         which = np.arange(B) % micro * n_nodes // micro % len(domains)
     return np.array([domains[d][1] + int(u * room[d]) for d, u in zip(which, rng.random(B))])

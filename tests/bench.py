@@ -329,7 +329,7 @@ def gates_part(a, device, autocast):
             )
 
         result = race({"gate": gate_alone, "layer": whole}, "layer", a.rounds, device)
-        rows = int(layer.stats["load"].sum()) / N
+        rows = int(layer.stats["kept"].sum()) / N
         print(
             f"  {name:16}{result['gate'][0]:9.2f}{result['layer'][0]:10.1f}{result['gate'][1]:8.1%}{rows:15.2f}",
             flush=True,

@@ -98,7 +98,7 @@ def uninterrupted(kind):
 def go_on(kind, folder):
     """Again, from the newest checkpoint or, if there is none yet, from the start: as a user would."""
     world, more = KINDS[kind]
-    found = dist.latest(folder / "out")
+    found = dist.find(folder / "out")
     return Command(
         ["--out_dir=out", "--init_from=resume", "--timeout=8"] if found else flags("out", *more), folder, world
     )

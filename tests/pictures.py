@@ -173,10 +173,10 @@ def travel(rank, world):
     G = example("gshard")[1].tensor_split(world)[rank]  # (N, E): a token's noise is the same on any number of ranks
     tokens = torch.arange(8.0)[:, None].tensor_split(world)[rank]  # (N, 1)
     moe = MoE(make_gate("gshard", D=1, E=4), Watched(), make_mesh(rank, world, n_experts=4))
-    y = moe.dispatch(tokens, G)
+    y, sent = moe.dispatch(tokens, G)
     token = G.t().nonzero(as_tuple=True)[1]  # as in dispatch
     numbers = lambda rows: rows.flatten().int().tolist()
-    return dict(G=G, y=y, sent=numbers(tokens[token]), load=moe.stats["load"].tolist(),
+    return dict(G=G, y=y, sent=numbers(tokens[token]), load=sent["kept"].tolist(),
                 got=numbers(moe.experts.rows), arrived=moe.experts.counts.tolist())  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def refuse(argv, folder, *words, **more):
 
 
 def newest(out):
-    return dist.load(dist.latest(out))
+    return dist.find(out)[1]
 
 
 def log(out):

@@ -172,7 +172,7 @@ def test_killed_while_saving(tmp_path, point):
     child.join(20)
     assert child.exitcode == 9
     step = 2 if point in ("after replace", "fsync 2") else 1
-    assert dist.load(dist.latest(tmp_path))["step"] == step
+    assert dist.find(tmp_path)[1]["step"] == step
     dist.save(tmp_path / "ckpt_2.pt", {**STATE, "step": 2})  # and the next save works
     assert sorted(os.listdir(tmp_path)) == ["ckpt_1.pt", "ckpt_2.pt"]
 
@@ -227,11 +227,11 @@ def test_damage_is_found_and_an_older_one_used(tmp_path, kind, capsys):
     with pytest.raises(ValueError, match="ckpt_10.pt is damaged") as error:
         dist.load(path)
     assert "\n" not in str(error.value)
-    assert dist.latest(tmp_path) == tmp_path / "ckpt_9.pt"
+    assert dist.find(tmp_path)[0] == tmp_path / "ckpt_9.pt"
     assert "warning" in capsys.readouterr().out
     (tmp_path / "ckpt_9.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 2 checkpoints"):
-        dist.latest(tmp_path)
+        dist.find(tmp_path)
 
 
 def test_a_flipped_bit_is_never_silently_wrong(tmp_path):
@@ -254,7 +254,7 @@ def test_a_flipped_bit_is_never_silently_wrong(tmp_path):
 def test_missing_latest_prune(tmp_path):
     with pytest.raises(OSError, match="cannot read .*nothing.pt: No such file"):
         dist.load(tmp_path / "nothing.pt")
-    assert dist.latest(tmp_path) is None and dist.latest(tmp_path / "nowhere") is None
+    assert dist.find(tmp_path) is None and dist.find(tmp_path / "nowhere") is None
     for step in (8, 9, 10, 11):
         dist.save(tmp_path / f"ckpt_{step:02}.pt", STATE)
     dist.prune(tmp_path, keep=2)
@@ -270,7 +270,7 @@ def test_prune_counts_intact_checkpoints_only(tmp_path, capsys):
     dist.prune(tmp_path, keep=2)
     assert sorted(os.listdir(tmp_path)) == ["ckpt_10.pt", "ckpt_15.pt", "ckpt_25.pt", "ckpt_30.pt"]
     assert "ckpt_30.pt is damaged" in capsys.readouterr().out
-    assert dist.latest(tmp_path).name == "ckpt_15.pt"
+    assert dist.find(tmp_path)[0].name == "ckpt_15.pt"
 
 
 def foreign(kind):
@@ -422,7 +422,7 @@ def test_moments_that_are_not_finite_are_not_saved(tmp_path):
     optimizer.state[model.weight]["exp_avg_sq"][0, 0] = float("inf")
     with pytest.raises(ValueError, match="moments are not finite at step 7; there is no checkpoint yet"):
         dist.save_checkpoint(tmp_path, 7, model, optimizer, dist.Mesh(), config={"a": 1})
-    assert dist.latest(tmp_path) is None
+    assert dist.find(tmp_path) is None
     optimizer.state[model.weight]["exp_avg_sq"][0, 0] = 1.0
     dist.save_checkpoint(tmp_path, 7, model, optimizer, dist.Mesh(), config={"a": 1})
     model.weight.data[0, 0] = float("nan")

@@ -74,7 +74,7 @@ def test_phases():
 
     def at(step):
         evomoe.set_step(model, step, cfg)
-        return float(gate.tau), float(gate.noise), float(gate.bar), bool(gate.hard), gate.k, gate.state()["phase"]
+        return float(gate.tau), float(gate.noise), float(gate.bar), bool(gate.hard), gate.k, gate.report()["phase"]
 
     assert at(10) == pytest.approx((2.0, 1.0, 0.001, False, E, "dense"))
     assert at(25)[:3] == pytest.approx((1.2, 0.5, 0.001))
@@ -382,7 +382,7 @@ def test_flops_per_token_are_the_non_zeros(tau, reads):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(x)
     k = (seen[0] != 0).sum().item() / x.numel()
-    assert model.stack.blocks[1].ffn.stats["load"].sum().item() == k * x.numel()
+    assert model.stack.blocks[1].ffn.stats["kept"].sum().item() == k * x.numel()
     assert 1 < k <= E and (tau == 0.1 or k > 3)
     assert model.flops_per_token(k, 16) * x.numel() == pytest.approx(counter.get_total_flops())
 

@@ -156,15 +156,15 @@ def test_layer_equals_the_equation(name):
             for key, g in gradients(twin, xs[1], total_loss(twin.gate, want, want_aux)).items():
                 assert_close(got[key], g, note=f"{note}: gradient of {key}")
             assert computed == [int((G != 0).sum())], f"{note}: {computed} rows for {int((G != 0).sum())} weights"
-            assert torch.equal(layer.stats["load"], (G != 0).sum(0))
+            assert torch.equal(layer.stats["kept"], (G != 0).sum(0))
             asked = layer.stats["asked"]
-            assert (asked >= layer.stats["load"]).all() and not asked.requires_grad
+            assert (asked >= layer.stats["kept"]).all() and not asked.requires_grad
             if scenario == "binding" and training and layer.gate.k < E:
                 own_capacity = seeded_route(layer.gate, x, ids, domain).capacity is not None
                 assert own_capacity or int(asked.sum()) > int((G != 0).sum()), f"{note}: nothing was dropped"
             if scenario == "ample" or not training:
                 own_capacity = seeded_route(layer.gate, x, ids, domain).capacity is not None
-                assert own_capacity or torch.equal(asked, layer.stats["load"]), f"{note}: somebody was dropped"
+                assert own_capacity or torch.equal(asked, layer.stats["kept"]), f"{note}: somebody was dropped"
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -353,7 +353,7 @@ def test_corners(name, case):
                 total_loss(layer.gate, y, aux).backward()
                 for key, p in layer.named_parameters():
                     assert p.grad is None or p.grad.isfinite().all(), key
-                idle = layer.stats["load"] == 0
+                idle = layer.stats["kept"] == 0
                 for key, p in layer.experts.named_parameters():
                     assert p.grad is not None, f"{key}: an idle expert has no gradient instead of a zero one"
                     assert (p.grad[idle] == 0).all(), key

@@ -62,7 +62,7 @@ def test_classify(letters, tmp_path, capsys):
         "--learning_rate=0.01",
     ]
     train.main([*flags, f"--init_from={first}", f"--out_dir={tuned}", "--max_steps=1", "--learning_rate=1e-9"])
-    before, after = (dist.load(dist.latest(folder)) for folder in (first, tuned))
+    before, after = (dist.find(folder)[1] for folder in (first, tuned))
     assert (
         after["config"]["n_experts"] == 2 and after["config"]["gate"] == "hash" and after["config"]["block_size"] == 24
     )

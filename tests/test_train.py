@@ -129,7 +129,7 @@ def test_nan_names_the_step_and_the_last_good_checkpoint(corpora, tmp_path):
         train.main(
             flags(corpora, tmp_path / "c", "--learning_rate=1e300", "--grad_clip=0", "--warmup=0", "--save_every=1")
         )
-    assert dist.latest(tmp_path / "c") is None
+    assert dist.find(tmp_path / "c") is None
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(corpora, tmp_path, monkeypatch):
