@@ -741,6 +741,7 @@ def test_remoe_by_hand():
         (slope,) = torch.autograd.grad(r.aux["l1"], x)
         assert np.allclose(slope, [[0.75 / k, 0, 0], [0.75 / k, 0.375 / k, 0]])  # lambda f_e / N where G > 0
         route(gate.eval(), -x)  # evaluation does not count
+        assert gate.count.tolist() == [3, 2]
         gate.update()
         assert gate.price.item() == pytest.approx(0.5 * factor) and gate.state_dict().keys() == {"weight", "price"}
         gate.update()
