@@ -486,20 +486,8 @@ class DeepSeekV3(Gate):
     sequence; a gate does not see sequences and takes the global batch). Looks ahead: never.
     """
 
-    def __init__(
-        self,
-        D,
-        E,
-        k=2,
-        gamma=0.001,
-        anneal=0.966,
-        balance=1e-4,
-        route_scale=1.0,
-        expert_groups=1,
-        keep_groups=1,
-        rule="sign",
-        steps=0,
-    ):
+    def __init__(self, D, E, k=2, gamma=0.001, anneal=0.966, balance=1e-4, route_scale=1.0, expert_groups=1,
+                 keep_groups=1, rule="sign", steps=0):  # fmt: skip
         super().__init__(D, E, k)
         fits = expert_groups > 0 and E % expert_groups == 0
         enough = fits and 1 <= keep_groups <= expert_groups and keep_groups * E // expert_groups >= k
