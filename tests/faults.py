@@ -640,7 +640,7 @@ def numbers(n):
 ALONE = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
 GONE, SILENT = "another process has ended", "another process did not answer in time"
 stop = lambda batch: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
-PEERS = {  # environment or number of processes, fault, flags, {rank: words of its line}
+PEERS = {  # environment or number of processes, fault, flags, {rank: words of its line}; --quick: one GONE, one SILENT
     "an error on rank 1": (2, at_step(4, fails(ValueError("a bad row")), "1"), [], {0: GONE, 1: "a bad row"}),
     "an OSError on rank 0": (2, at_step(4, fails(OSError(5, "I/O", "x.bin"))), [], {0: "x.bin", 1: GONE}),
     "no memory on rank 1": (2, at_step(4, fails(MemoryError()), "1"), [], {0: GONE, 1: "lower --batch_size"}),

@@ -38,8 +38,8 @@ def write_checkpoints(rank, world, folder):
 
 def read_checkpoints(rank, world, folder):
     """From every layout into each of this world: exact, and the next step is one process's next step."""
-    for (_, ep), (w0, ep0) in product([x for x in LAYOUTS if x[0] == world], LAYOUTS):
-        mesh = make_mesh(rank, world, E, ep) if td.is_initialized() else Mesh()
+    meshes = {ep: make_mesh(rank, world, E, ep) if world > 1 else Mesh() for w, ep in LAYOUTS if w == world}
+    for (ep, mesh), (w0, ep0) in product(meshes.items(), LAYOUTS):
         model, opt = make(mesh)
         for p in model.parameters():
             p.data.fill_(7)

@@ -88,7 +88,7 @@ def test_every_gate_in_the_training_loop(gate, corpora, tmp_path, request):
         mode = [["--capacity_factor=0.7"], ["--dtype=bfloat16"]]
         mode = [[], *mode, mode[0] + mode[1]][(i + turn // 3) % 4]
         argv = [f"--gate={gate}", *"--n_experts=4 --insist --save_every=3 --beams=1".split(),
-                *"--bleu_sentences=1 --eval_batches=1".split(), *mode]  # fmt: skip
+                *"--bleu_sentences=1 --eval_batches=1 --sample_tokens=2".split(), *mode]  # fmt: skip
         name = lambda kind: tmp_path / kind / f"{objective}-{world}-{turn}"
         whole[world].append(
             flags(corpora, name("whole"), *argv, *["--dropout=0.1"] * (world == 1), objective=objective)

@@ -6,6 +6,7 @@ Two claims that need no Transformer, for tests/claims.py:
 """
 
 import csv
+import functools
 import itertools
 import math
 import os
@@ -20,6 +21,21 @@ from router import COMET, DSelectK, Hash, Permuted, TopK, best_assignment, match
 # ---------------------------------------------------------------------------------------------------------------------
 # Unbiased: n datapoints, E experts, c slots each. Router logits theta (n, E) are free, expert z predicts phi_z, the
 # loss is (a_i - phi_z)^2. The gradient of sum_i E_{z ~ softmax(theta_i)} loss_i(z) / n is known exactly
+
+
+@functools.cache
+def subsets(n, E, c):
+    """Of all E^n samples, in order, every subset that may survive c slots per expert: the sample's number (M,), the
+    weights (M, n), and how many subsets the sample has (M,). The same for all routers."""
+    sample, W, share = [], [], []
+    for i, z in enumerate(torch.tensor(list(itertools.product(range(E), repeat=n)))):
+        members = [(z == e).nonzero()[:, 0].tolist() for e in range(E)]
+        sets = list(itertools.product(*(itertools.combinations(m, min(len(m), c)) for m in members)))
+        for kept in sets:
+            u = torch.zeros(n, dtype=torch.double)
+            u[[i for part in kept for i in part]] = 1
+            sample.append(i), W.append(skip_weights(z, u, E, c)), share.append(len(sets))
+    return torch.tensor(sample), torch.stack(W), torch.tensor(share)
 
 
 class Problem:
@@ -50,16 +66,9 @@ class Problem:
 
     def skipping(self, weighted):
         """Independent samples; a full expert keeps a random c: all surviving subsets of all samples."""
-        Z, W, P = [], [], []
-        for z, prob in zip(*self.samples()):
-            members = [(z == e).nonzero()[:, 0].tolist() for e in range(self.E)]
-            sets = list(itertools.product(*(itertools.combinations(m, min(len(m), self.c)) for m in members)))
-            for kept in sets:
-                u = torch.zeros(self.n, dtype=torch.double)
-                u[[i for part in kept for i in part]] = 1
-                w = skip_weights(z, u, self.E, self.c)
-                Z.append(z), W.append(w if weighted else (w > 0).double()), P.append(prob / len(sets))
-        return torch.stack(Z), torch.stack(W), torch.stack(P)
+        z, prob = self.samples()
+        sample, w, share = subsets(self.n, self.E, self.c)
+        return z[sample], w if weighted else (w > 0).double(), prob[sample] / share
 
     def matching(self, weighted, draws=4000):
         """Gumbel-Matching: balanced samples with weights p / q, by simulation (the noise is continuous)."""
@@ -82,7 +91,7 @@ def unbiased(a):
         "Skipping and no capacity: exact, by enumeration. Matching: 4000 draws, so a bias below about 0.02 is noise.\n"
     )
     print("| estimator | baseline | bias, skew 0 | spread | bias, skew 1.5 | spread |\n|---|---|---|---|---|---|")
-    table, draws = [], 100 if a.quick else 4000
+    table, draws = [], 20 if a.quick else 4000
     kinds = {
         "no capacity": lambda p: (*p.samples()[:1], torch.ones(len(p.samples()[0]), p.n).double(), p.samples()[1]),
         "skipping, weighted": lambda p: p.skipping(True),
@@ -182,7 +191,7 @@ def expected_best(results, s, draws=2000):
 
 def comet(a):
     """Random search, the same number of trials for each method; how many does it need with and without local search?"""
-    trials, steps = (4, 10) if a.quick else (100, 400)
+    trials, steps = (2, 5) if a.quick else (100, 400)
     methods = ["hash", "hash+", "topk", "topk+", "dselectk", "dselectk+", "comet", "comet+"]
     results = {
         m: [r for r in (trial(m, seed, steps) for seed in range(trials)) if math.isfinite(r[0])] for m in methods
