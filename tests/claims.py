@@ -401,9 +401,10 @@ def spread(values):
     return f"{statistics.mean(values):.3f}{sd}"
 
 
-def tell(name, claim, values, out):
-    """Print the table and the verdict of {contestant: {measure: [value per seed]}}, write the CSV."""
+def tell(name, claim, logs, out):
+    """Print the table and the verdict of {contestant: [log of each seed]}, write the CSV, draw the picture."""
     titles = list(claim.measures)
+    values = {c: {t: [f(log) for log in runs] for t, f in claim.measures.items()} for c, runs in logs.items()}
     print(f"\n### {name}: {claim.headline}\n\n| contestant | {' | '.join(titles)} |\n|{'---|' * (len(titles) + 1)}")
     for contestant, by in values.items():
         print(f"| {contestant} | {' | '.join(spread(by[t]) for t in titles)} |")
@@ -413,6 +414,9 @@ def tell(name, claim, values, out):
         table.writerow(["contestant", "run", *titles])
         for contestant, by in values.items():
             table.writerows([contestant, i, *row] for i, row in enumerate(zip(*(by[t] for t in titles))))
+    title, lines, xlabel = claim.picture(logs)
+    if any(lines.values()):
+        chart(os.path.join(out, f"{name}.svg"), f"{name}: {title}", lines, xlabel, "")
 
 
 def verdict(claim, values):
@@ -522,13 +526,7 @@ def main():
 
             getattr(toys, name)(a)
         elif name in CLAIMS:
-            logs = run_claim(name, CLAIMS[name], a)
-            values = {
-                c: {t: [f(log) for log in runs] for t, f in CLAIMS[name].measures.items()} for c, runs in logs.items()
-            }
-            tell(name, CLAIMS[name], values, a.out)
-            title, lines, xlabel = CLAIMS[name].picture(logs)
-            chart(os.path.join(a.out, f"{name}.svg"), f"{name}: {title}", lines, xlabel, "")
+            tell(name, CLAIMS[name], run_claim(name, CLAIMS[name], a), a.out)
         else:
             raise SystemExit(
                 f"claims: {name} is unknown; there are: {', '.join([*CLAIMS, 'unbiased', 'comet', 'phases'])}"

@@ -31,9 +31,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "launch", in_process)
     few = functools.partial(train.sample_losses, n=6)
     monkeypatch.setattr(train, "sample_losses", few)
-    monkeypatch.setattr(
-        train.dist, "stop_on_signals", lambda: []
-    )  # runs are in a thread, which may not ask for signals
+    monkeypatch.setattr(train.dist, "stop_on_signals", lambda: [])  # runs are in a thread, which may not ask
     flags = "--max_steps=4 --warmup=1 --eval_batches=1 --device=cpu --n_embd=16 --n_head=2 --log_every=1 --grad_clip=1"
     return SimpleNamespace(
         out=str(tmp_path), quick=True, seeds=2, first=1, methods="", flags=flags, workers=1, threads=1
@@ -65,9 +63,7 @@ def test_quick_form(name, options, corpora, monkeypatch, capsys):
         first = {"roberta": claim.contestants["roberta"] + f" --dataset={corpora['gpt']}"}
         claim = dataclasses.replace(claim, contestants=claim.contestants | first)
     logs = claims.run_claim(name, claim, options)
-    values = {c: {t: [f(log) for log in runs] for t, f in claim.measures.items()} for c, runs in logs.items()}
-    claims.tell(name, claim, values, options.out)
-    claims.curves(name, claim, logs, options.out)
+    claims.tell(name, claim, logs, options.out)
     said = capsys.readouterr().out
     assert " ± " in said and "paired by seed" in said and claim.headline in said
     xml.dom.minidom.parse(f"{options.out}/{name}.svg")
