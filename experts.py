@@ -165,6 +165,16 @@ def group_sizes(n, live, groups):
     return torch.stack([part.sum() for part in live.tensor_split(groups)]).tolist()
 
 
+def without_padding(t, index):
+    """t (n, ...) -> its rows at index (N,); all of them if index is None."""
+    return t if index is None else t.index_select(0, index)
+
+
+def with_padding(t, index, n):
+    """The way back: (N, ...) -> (n, ...), zero where there is padding."""
+    return t if index is None else t.new_zeros(n, *t.shape[1:]).index_copy(0, index, t)
+
+
 class MoE(nn.Module):
     """A mixture-of-experts layer: a gate, E experts spread over the mesh, capacity.
 
@@ -196,13 +206,12 @@ class MoE(nn.Module):
         shape, flat = x.shape, x.reshape(-1, x.shape[-1])
         live = None if live is None else live.reshape(-1)
         index = None if live is None else live.nonzero()[:, 0]  # of the rows that are no padding
-        take = lambda t: t if t is None or index is None else t.index_select(0, index)
-        put = lambda t: t if index is None else t.new_zeros(len(flat), *t.shape[1:]).index_copy(0, index, t)
-        domain = take(None if domain is None else domain.reshape(-1))
-        y, aux = self.route(take(flat), take(ids.reshape(-1)), self.where(flat, live, index, domain))
+        domain = None if domain is None else without_padding(domain.reshape(-1), index)
+        place = self.where(flat, live, index, domain)
+        y, aux = self.route(without_padding(flat, index), without_padding(ids.reshape(-1), index), place)
         if "log_prob" in aux:
-            aux["log_prob"] = put(aux["log_prob"]).view(shape[:-1])
-        return put(y).view(shape), aux
+            aux["log_prob"] = with_padding(aux["log_prob"], index, len(flat)).view(shape[:-1])
+        return with_padding(y, index, len(flat)).view(shape), aux
 
     def route(self, x, ids, place):
         """x (N, D) without padding -> y (N, D), aux: the gate fills G, capacity thins it out, dispatch computes."""

@@ -592,16 +592,17 @@ class DTS(Gate):
         m = y > bar, and always the k largest;  in the end only these
         G = m * y   (combine=gumbel)   or   m * softmax(x W)   (combine=softmax)
 
-    G is not renormalised: with k = 1 that would leave the router without a gradient. A dropped expert gets no gradient,
-    but comes back when its score does: it is part of the others' softmax. The knobs:
-        dense, hard         shares of the steps, from the moment the experts exist: where the bar begins to rise, and
-                            from where only the k largest count
-        threshold, tighten  the bar at first, which keeps nearly all experts on, and at last; above 0.5 there is room
-                            for one only, so that nothing jumps at the end
-        tau_max, tau_min    temperature at the start and the end of the dense part
-        noise               none; annealed (s from 1 to 0 over the dense part); constant (s = 1). None at evaluation
-        init                scale of W; 1 gives logits of unit variance
-        reads               content; or id: the logits are a learned table by token id, what Hash reads
+        phase    from (share of the steps)   tau                  bar                    experts of a token
+        dense    0                           tau_max to tau_min   threshold              nearly all
+        tighten  dense                       tau_min              threshold to tighten   those above the bar
+        hard     hard                        tau_min                                     k
+
+    Steps are counted from the moment the experts exist. Above a bar of 0.5 there is room for one expert only, so nothing
+    jumps at the end. G is not renormalised: with k = 1 that would leave the router without a gradient. A dropped expert
+    gets no gradient, but comes back when its score does: it is part of the others' softmax. Further knobs:
+        noise    none; annealed (s from 1 to 0 over the dense phase); constant (s = 1). None at evaluation
+        init     scale of W; 1 gives logits of unit variance
+        reads    content; or id: the logits are a learned table by token id, what Hash reads
     The paper cools a noisy gate under a fixed bar: tau_max=2, tau_min=0.3, noise=constant, tighten=0.001. With constant
     noise the choice stays a sample of softmax(x W) at any tau. tests/RESULTS.md: what each knob was worth.
 
