@@ -413,6 +413,7 @@ def main():
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("bench.py: there is no usable GPU here; use --device=cpu")
     a.rounds = a.rounds or (5 if a.quick else 15)
+    dist.keep_memory()  # as train.py does
     dtype = a.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if dtype == "bfloat16" else contextlib.nullcontext
     if os.environ.get("RANK", "0") == "0":
