@@ -19,6 +19,8 @@ one phase follows, "mixture". The same file holds the other ways in:
     python train.py --objective=roberta --init_from=out-teacher --moe_every=1 --n_experts=4 --gate=hash --distill=1 \
         --spawn=importance --expert_hidden=128 --spawn_ratio=0.67 --out_dir=out-student   the same cut; or --gate=comet
 
+and one way out, to_gpt2: a dense run becomes a GPT-2 of the package transformers.
+
 Decisions (the paper's body and code leave these open):
 - The spawn happens at the beginning of a step: the checkpoint after spawn_step updates still holds one expert.
 - A new model is built and filled, nothing is patched: what does not grow is carried over with its optimizer state. An

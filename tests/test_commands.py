@@ -11,13 +11,17 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import dist
+import router
 import train
+from data import files, objectives
 from data.bpe import Tokenizer
 from data.files import write_text
 from data.objectives import LanguageModelling
@@ -523,3 +527,35 @@ def test_documented_command(command, trained, corpora, tmp_path):
 def test_no_documented_command_is_forgotten():
     for command in documented():
         assert re.match(r"(python|torchrun) .*train\.py", command) or re.match(ELSEWHERE, command), command
+
+
+def test_the_code_of_the_readme(corpora, tmp_path):
+    """The gate, the objective and the corpus that it adds, as they stand there."""
+    gate, objective, corpus, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    there = dict(vars(router))
+    exec(gate, there)
+    r = there["Cosine"](8, 4, k=2)(torch.randn(10, 8), None)
+    assert ((r.G != 0).sum(1) == 2).all() and list(r.aux) == ["balance"]
+    there = dict(vars(objectives))
+    exec(objective, there)
+    cfg = train.configure(dict(dataset=str(corpora["gpt"]), block_size=16, batch_size=4))
+    y = there["SecondHalf"](train.open_objective(cfg).corpus, cfg).train_batch(0)["y"]
+    assert (y[:, :8] == -1).all() and (y[:, 8:] >= 0).all()
+    for name, text in ("prepare.py", corpus), ("one.txt", "held out"), ("two.txt", "trained on"):
+        (tmp_path / name).write_text(text)
+    argv = [f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"]
+    subprocess.run(
+        [sys.executable, tmp_path / "prepare.py", *argv], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    )
+    meta = files.load_meta(tmp_path / "out")
+    assert (
+        files.load_tokenizer(tmp_path / "out").decode(files.load_split(tmp_path / "out", meta, "val")[:8]) == "held out"
+    )
+
+
+def test_the_gpt2_of_the_readme(corpora, tmp_path):
+    pytest.importorskip("transformers")
+    gpt2 = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[-1]
+    train.main(flags(corpora, tmp_path / "out-dense", "--n_experts=1"))
+    subprocess.run([sys.executable, "-c", gpt2], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert (tmp_path / "gpt2-dense" / "config.json").exists()
