@@ -231,7 +231,8 @@ CLAIMS = {
         budgets(), ("copies 100 %", "switch 100 %"), quick="--max_steps=10", picture=over_budget),
     "switch": Claim(
         "more experts, lower loss at equal FLOPs: the dense model's loss is reached in a fraction of the steps",
-        {"dense": "--n_experts=1"} | {f"E {E}": f"--n_experts={E} --gate=switch" for E in (2, 4, 8, 16, 32)},
+        {"dense": "--n_experts=1"} | {f"E {E}": f"--n_experts={E} --gate=switch" for E in (2, 4, 8, 16, 32)}
+        | {f"E 8, {n} steps": f"--n_experts=8 --gate=switch --max_steps={n}" for n in (300, 400, 500)},
         ("E 32", "dense")),
     "pays": Claim(
         "a mixture learns more than the dense model in the same time",
