@@ -226,6 +226,10 @@ CLAIMS = {
         {"switch": "--gate=switch", "switch after the spawn": "--gate=switch --diversify=0.05",
          "dts from the start": "--gate=dts --diversify=0", "evomoe": METHODS["evomoe"]},
         ("evomoe", "dts from the start")),
+    "map": Claim(
+        "one expert first pays where experts are many and each sees few tokens",
+        {f"{m} E {E}": f"{METHODS[m]} --n_experts={E}" for E in (8, 32) for m in ("switch", "evomoe")},
+        ("evomoe E 32", "switch E 32")),
     "crossover": Claim(
         "starting from a trained dense model pays until about 100 to 120 % of its budget (sparse upcycling)",
         budgets(), ("copies 100 %", "switch 100 %"), quick="--max_steps=10", picture=over_budget),

@@ -44,6 +44,7 @@ SOME = {  # contestants that are enough to see a claim work
     "evomoe_translation": "switch|evomoe",
     "crossover": "dense|copies 100 %|switch 100 %|evomoe 10 %",
     "switch": "dense|E 2|E 32",
+    "map": "switch E 32|evomoe E 32",
     "pays": "dense|switch|switch, dense's time",
     "locmoeplus": "floor 1 .never fewer.|floor 0.25",
     "pretraining": "roberta|tuned, 200 labels|scratch, 200 labels",
