@@ -275,11 +275,13 @@ def layer_part(a, device, autocast):
 
 def step_part(a, device, autocast):
     more = dict(n_embd=64, block_size=32, batch_size=4) if a.quick else {}
-    print("\nstep: a training step of the default GPT (gate switch) against the dense GPT with its active parameters\n")
+    print("\nstep: a training step of the default GPT against the dense GPT with its active parameters; dts: hard phase\n")
     runs, sizes, mesh = {}, {}, dist.Mesh()
-    for name, E in (("dense", 1), ("moe", 8), ("moe of 32", 32)):
-        cfg = train.Config(n_experts=E, gate="switch", **more)
+    for name, E in (("dense", 1), ("dts", 8), ("hash", 8), ("switch", 8), ("switch of 32", 32)):
+        cfg = train.Config(n_experts=E, gate="switch" if E in (1, 32) else name, **more)
         model = GPT(cfg, V).to(device)
+        for gate in model.gates():
+            gate.set_step(cfg.max_steps)
         optimizer = train.make_optimizer(model, cfg)
         x = torch.randint(0, V, (cfg.batch_size, cfg.block_size), device=device)
         batch = {"x": x, "y": x.roll(-1, 1)}
@@ -296,7 +298,7 @@ def step_part(a, device, autocast):
         runs[name], sizes[name] = run, model.n_params()
     for name, (ms, ratio) in race(runs, "dense", a.rounds, device).items():
         memory = peak_memory(runs[name], device)
-        print(f"  {name:10} {sizes[name][0] / 1e6:6.2f} M parameters, {sizes[name][1] / 1e6:5.2f} M active   "
+        print(f"  {name:12} {sizes[name][0] / 1e6:6.2f} M parameters, {sizes[name][1] / 1e6:5.2f} M active   "
               f"{ms:7.1f} ms   {ratio:.2f}x"
               f"   peak {'?' if memory is None else round(memory / 1e6)} MB")  # fmt: skip
 
