@@ -21,6 +21,7 @@ Decisions, each learned the hard way by somebody:
 - Routing is float32 (the matrix product too) even when the model runs in bf16: the softmax of a bf16 logit is noise.
 - A top-1 weight is the probability p from the full softmax. Renormalised to 1 it would be a constant: the task loss
   would send the router no gradient at all, only the balance loss would still move it, towards balance and nothing else.
+  Skip and GumbelMatching, whose weights carry none, learn through log p of what they sampled instead.
 - Counts (who was chosen) carry no gradient, probabilities do. Counts are taken before capacity drops anybody.
 - Padding never reaches a gate. Most gates leave capacity to experts.py; those whose method has one return it.
 
