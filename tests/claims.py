@@ -230,6 +230,9 @@ CLAIMS = {
         "one expert first pays where experts are many and each sees few tokens",
         {f"{m} E {E}": f"{METHODS[m]} --n_experts={E}" for E in (8, 32) for m in ("switch", "evomoe")},
         ("evomoe E 32", "switch E 32")),
+    "howmany": Claim(
+        "dense to sparse finds how many experts a token needs, better than its rivals do",
+        {"evomoe": METHODS["evomoe"], "topp": "--gate=topp", "remoe": "--gate=remoe"}, ("evomoe", "remoe")),
     "crossover": Claim(
         "starting from a trained dense model pays until about 100 to 120 % of its budget (sparse upcycling)",
         budgets(), ("copies 100 %", "switch 100 %"), quick="--max_steps=10", picture=over_budget),
