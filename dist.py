@@ -718,8 +718,9 @@ def diverged(what, step, folder):
 def save_checkpoint(folder, step, model, optimizer, mesh, **more):
     """folder/ckpt_STEP.pt: full_state, step, launch and `more` (train.py's config), the last two are kept. Collective.
 
-    This is all the state there is: weights, gates' buffers, AdamW's moments and counts. Batches, dropout and noise follow
-    from (seed, step), schedules from the step, and what a gate adds up between two updates is zero after the second.
+    This is all the state there is: weights, gates' buffers, AdamW's moments and counts. Batches, dropout and noise
+    follow from (seed, step), schedules from the step, and what a gate adds up between two updates is zero after the
+    second.
 
     ValueError on every rank for weights or moments that are not finite, and for whatever keeps rank 0 from writing.
     """

@@ -227,9 +227,9 @@ MODEL_FIELDS = ("objective n_layer n_head n_embd n_hidden block_size bias activa
                 "gate_args permute expert_hidden shared_hidden").split()  # fmt: skip
 
 
-def agree(given, fields, where):
-    """ValueError if flags contradict what trained weights need, a config or a part of it."""
-    differ = [f"{n}={given[n]!r} (there: {fields[n]!r})" for n in MODEL_FIELDS
+def agree(given, fields, where, also=()):
+    """ValueError if flags contradict what trained weights need, a config or a part of it; also: more of its fields."""
+    differ = [f"{n}={given[n]!r} (there: {fields[n]!r})" for n in (*MODEL_FIELDS, *also)
               if n in given and n in fields and given[n] != fields[n]]  # fmt: skip
     if differ:
         raise ValueError(f"{where} is from another config: {', '.join(differ)}; drop these flags, or choose another "
@@ -368,7 +368,7 @@ def load_weights(model, weights, mesh):
 # Distillation from the dense teacher
 
 
-def teacher(cfg, build, mesh):
+def load_teacher(cfg, build, mesh):
     """The dense model that a distilled one follows, from the run that the config names; build: train.build_model for a
     number of experts."""
     cfg.teacher = cfg.teacher or cfg.init_from

@@ -167,7 +167,8 @@ class Model(nn.Module):
         return moes[0].mesh if moes else Mesh()
 
     def n_params(self):
-        """(total, active) parameters over all ranks; active: a token visits k experts per MoE layer."""
+        """(total, active) parameters over all ranks; active: with the gate's k experts a token in each
+        MoE layer (the most for topp, the goal for remoe)."""
         total = active = 0
         for name, p in self.named_parameters():
             total += p.numel() * (self.mesh.ep if ".ffn.experts." in name else 1)

@@ -450,12 +450,12 @@ class TopP(Gate):
 
     def forward(self, x, ids):
         logits = linear(x, self.weight)
-        p = logits.softmax(1)
-        w, idx = p.sort(dim=1, descending=True, stable=True)
+        P = logits.softmax(1)
+        w, idx = P.sort(dim=1, descending=True, stable=True)
         before = w.detach().cumsum(1) - w.detach()  # what the stronger experts sum to: 0 for the first
         G = scatter(idx, w * (before < self.p), self.E)
-        aux = {"entropy": self.place.mean(-(p * logits.log_softmax(1)).sum(1))}
-        return Routing(G, aux | {"balance": balance_loss(p, G > 0, self.place)})
+        aux = {"entropy": self.place.mean(-(P * logits.log_softmax(1)).sum(1))}
+        return Routing(G, aux | {"balance": balance_loss(P, G > 0, self.place)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -598,9 +598,9 @@ class DTS(Gate):
         tighten  dense                       tau_min              threshold to tighten   those above the bar
         hard     hard                        tau_min                                     k
 
-    Steps are counted from the moment the experts exist. Above a bar of 0.5 there is room for one expert only, so nothing
-    jumps at the end. G is not renormalised: with k = 1 that would leave the router without a gradient. A dropped expert
-    gets no gradient, but comes back when its score does: it is part of the others' softmax. Further knobs:
+    Steps are counted from the moment the experts exist. Above a bar of 0.5 there is room for one expert only, so
+    nothing jumps at the end. G is not renormalised: with k = 1 that would leave the router without a gradient. A
+    dropped expert gets no gradient, but comes back when its score does: it is part of the others' softmax. Knobs:
         noise    none; annealed (s from 1 to 0 over the dense phase); constant (s = 1). None at evaluation
         init     scale of W; 1 gives logits of unit variance
         reads    content; or id: the logits are a learned table by token id, what Hash reads
@@ -690,14 +690,15 @@ class ReMoE(Gate):
     0.7 from 200 to 300. W has no bias, it closes an expert along a direction that all tokens share; had they none,
     half of the scores would stay positive.
     The authors share one lambda between the layers, which so may differ in their experts per token; a gate knows one
-    layer. At sign 0 their code lowers lambda, the paper and we leave it. It never falls below its start: ours.
+    layer. At sign 0 their code lowers lambda, the paper and we leave it. It stays between its start and 1000: ours.
 
     Reads: content. Balanced by: f_e in the price. Looks ahead: never.
     """
 
     def __init__(self, D, E, k=1, start=1e-8, alpha=1.2):
         super().__init__(D, E, k)
-        refuse_unless("remoe", start=(start, start > 0, "above 0"), alpha=(alpha, alpha >= 1, "at least 1"))
+        refuse_unless("remoe", start=(start, 1e-30 <= start <= 1, "from 1e-30 to 1"),
+            alpha=(alpha, 1 <= alpha <= 10, "from 1 to 10"))  # fmt: skip
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
         self.start, self.alpha = start, alpha
         self.register_buffer("price", torch.tensor(start))  # lambda
@@ -720,7 +721,7 @@ class ReMoE(Gate):
     @torch.no_grad()
     def update(self):
         asked, tokens = self.count
-        self.price.mul_(self.alpha ** (asked - self.k * tokens).sign()).clamp_(min=self.start)
+        self.price.mul_(self.alpha ** (asked - self.k * tokens).sign()).clamp_(self.start, 1e3)
         self.count.zero_()
 
 
@@ -1561,8 +1562,8 @@ def near_prices(S, c):
 
 
 def move_excess(S, z, c):
-    """S (E c, E), z (E c,) the best assignment for its own loads -> the best with c tokens per expert, and the distances
-    (E, E) in its graph of cheapest moves. Changes z."""
+    """S (E c, E), z (E c,) the best assignment for its own loads -> the best with c tokens per expert, and the
+    distances (E, E) in its graph of cheapest moves. Changes z."""
     E = S.shape[1]
     load = np.bincount(z, minlength=E)
     cost, who, stale = np.full((E, E), np.inf), np.zeros((E, E), np.int64), range(E)

@@ -79,7 +79,7 @@ class Config:
     drop_order: str = flag("", 'who keeps a slot: arrival, choice, score, random; "": the gate\'s own', one_of=ORDERS)
     groups: int = flag(1, "routing groups per process; groups=W on one process routes as W processes do", 1)
     expert_hidden: int = flag(0, "hidden width of an expert; 0: an FFN's; less is a finer mixture", 0, 2**18)
-    shared_hidden: int = flag(0, "hidden width of an expert beside them that every token visits; 0: none", 0, 2**18)
+    shared_hidden: int = flag(0, "hidden width of one more expert in a mixture, which all tokens visit; 0: none", 0, 2**18)
     insist: bool = flag(False, "run a gate that looks at later tokens in a causal model all the same")
 
     diversify: float = flag(-1.0, "share of the run with one expert; -1: the gate's own", -1, 0.99, heading="EvoMoE")
@@ -470,7 +470,7 @@ def from_trained(given, mesh):
     cfg = configure(given)
     continues = OBJECTIVES[cfg.objective].continues
     fields, state = evomoe.whole(cfg.init_from, continues, mesh) if continues else evomoe.trained(cfg.init_from, mesh)
-    evomoe.agree(given, fields, cfg.init_from)
+    evomoe.agree(given, fields, cfg.init_from, () if continues else ("dataset",))
     if mesh.main:
         print(f"{'fine-tuning the model' if continues else 'starting from the weights'} of {cfg.init_from}", flush=True)
     return configure(given, fields), state
@@ -493,7 +493,7 @@ def set_up(given):
     mesh.on_main(lambda: prepare_missing(cfg.dataset))
     run = mesh.on_all(lambda: assemble(cfg, state, mesh))
     if cfg.distill and not only_looks:
-        run.teacher = evomoe.teacher(cfg, run.build, mesh)
+        run.teacher = evomoe.load_teacher(cfg, run.build, mesh)
     return run
 
 
@@ -549,6 +549,8 @@ def configure(given, base=None):
     values = {name: value for name, value in (base or {}).items() if name in fields}  # a file may hold more
     values |= {name: value for name, value in given.items() if (name, value) != ("dataset", "")}
     check(values, Config)
+    if values.get("out_dir") == "":
+        raise ValueError("--out_dir= is empty: name a folder")
     cfg = Config(**{**OBJECTIVES[values.get("objective", Config.objective)].defaults, **values})
     if cfg.diversify < 0:
         cfg.diversify = 0.0 if evomoe.starts_trained(cfg) else gates()[cfg.gate].diversify

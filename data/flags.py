@@ -36,7 +36,8 @@ def parse(argv, Config):
     for arg in argv:
         name, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or name not in fields:
-            meant = [f.name for f in fields.values() if name in f.metadata["text"].split("; ")]  # resume: of init_from
+            texts = {f.name: f.metadata["text"].split("; ") for f in fields.values() if f.type is str}
+            meant = [known for known in texts if name and name in texts[known]]  # resume: of init_from
             hint = f" (did you mean --{meant[0]}={name}?)" if meant else closest(name, fields)
             raise ValueError(f"unknown argument {arg}{hint}; flags look like --name=value; see --help")
         kind = fields[name].type
@@ -57,7 +58,7 @@ def check(values, Config):
             continue
         value, least, most, one_of = values[f.name], *(f.metadata[key] for key in ("least", "most", "one_of"))
         if type(value) is not f.type and (type(value), f.type) != (int, float):
-            raise ValueError(f"{f.name}={value!r} is not of type {f.type.__name__}")
+            raise ValueError(f"{f.name}={value!r}, from a file, is not of type {f.type.__name__}")
         if one_of and value not in one_of:
             raise ValueError(f"--{f.name}={value} is unknown{closest(value, one_of)}; choose from "
                              f"{', '.join(filter(None, one_of))}")  # fmt: skip
@@ -74,5 +75,5 @@ def help_text(manual, Config):
     for f in dataclasses.fields(Config):
         if f.metadata["heading"]:
             lines.append(f"\n{f.metadata['heading']}")
-        lines.append(f"  --{f.name}={f.default}".ljust(34) + f.metadata["text"])
+        lines.append((f"  --{f.name}={f.default}".ljust(34) + f.metadata["text"]).rstrip())
     return "\n".join(lines)

@@ -275,7 +275,7 @@ def layer_part(a, device, autocast):
 
 def step_part(a, device, autocast):
     more = dict(n_embd=64, block_size=32, batch_size=4) if a.quick else {}
-    print("\nstep: a training step of the default GPT against the dense GPT with its active parameters; dts: hard phase\n")
+    print("\nstep: a training step of the default GPT against the dense one of its active size; dts: hard phase\n")
     runs, sizes, mesh = {}, {}, dist.Mesh()
     for name, E in (("dense", 1), ("dts", 8), ("hash", 8), ("switch", 8), ("switch of 32", 32)):
         cfg = train.Config(n_experts=E, gate="switch" if E in (1, 32) else name, **more)
