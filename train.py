@@ -79,7 +79,7 @@ class Config:
     drop_order: str = flag("", 'who keeps a slot: arrival, choice, score, random; "": the gate\'s own', one_of=ORDERS)
     groups: int = flag(1, "routing groups per process; groups=W on one process routes as W processes do", 1)
     expert_hidden: int = flag(0, "hidden width of an expert; 0: an FFN's; less is a finer mixture", 0, 2**18)
-    shared_hidden: int = flag(0, "hidden width of one more expert in a mixture, which all tokens visit; 0: none", 0, 2**18)
+    shared_hidden: int = flag(0, "hidden width of one expert more, which all tokens visit; 0: none", 0, 2**18)
     insist: bool = flag(False, "run a gate that looks at later tokens in a causal model all the same")
 
     diversify: float = flag(-1.0, "share of the run with one expert; -1: the gate's own", -1, 0.99, heading="EvoMoE")

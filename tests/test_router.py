@@ -729,6 +729,16 @@ def test_expert_choice_is_exact(training):
 # Dense to sparse, bits, trees: how many experts is learned
 
 
+def test_remoe_lambda_stays_within_bounds():
+    """Where nothing turns experts off it would grow until the loss is infinite."""
+    gate = ReMoE(D, 4)
+    for asked, price in (4.0, 1e3), (0.0, gate.start):
+        for _ in range(200):
+            gate.count.copy_(torch.tensor([asked, 1.0]))
+            gate.update()
+        assert float(gate.price) == pytest.approx(price)
+
+
 def test_remoe_by_hand():
     """Scores (1, -1, 0) and (2, 3, -1): shares (1, 1/2, 0), means (3/2, 3/2, 0), L1 = 3 / k lambda (3/2 + 3/4)."""
     x = doubles([[1, -1, 0], [2, 3, -1]]).requires_grad_()
