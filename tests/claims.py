@@ -5,7 +5,7 @@ Every paper's headline, one command each: what does the idea do when you run it?
     python tests/claims.py switch --quick      the same at a size where it takes a minute and the numbers mean nothing
     python tests/claims.py --list              the claims there are
     python tests/claims.py evomoe --seeds=5 --workers=4 --flags="--device=cuda --n_embd=256 --max_steps=3000"
-    python tests/claims.py phases --log=out/log.jsonl    one EvoMoE run: loss, bar, experts per token
+    python tests/claims.py phases --log=out/log.jsonl    the phases of an EvoMoE run (python train.py --log_every=1)
 
 A claim is a table of contestants (flags of train.py) and measures (functions of a run's log). Contestants share seeds,
 and differences are paired by seed. Time is the CPU time of one thread (on a GPU: the clock), start-up left out. Runs
@@ -473,36 +473,37 @@ def chart(path, title, lines, xlabel, ylabel):
 
 
 def phases(source, path):
-    """EvoMoE's phases over the steps of one run: loss, the gate's bar, experts per token, from its log.jsonl."""
+    """The first steps of one EvoMoE run, from its log.jsonl (--log_every=1 shows most): loss, experts per token and the
+    gate's bar, the phases shaded behind them; as many steps again as it takes until the last phase begins."""
     log = [{"phase": "diversify", "bar": math.nan} | e for e in training(read_log(source))]
     if all(e["bar"] != e["bar"] for e in log):
         raise SystemExit(f"claims: {source} is not the log of a run with --gate=dts")
-    values = {"loss": smooth([e["loss"] for e in log], 2), "bar": [e["bar"] for e in log],
-              "experts per token": [e.get("experts_per_token", 1.0) for e in log]}  # fmt: skip
-    right, parts = log[-1]["step"], []
-    for i, (label, ys) in enumerate(values.items()):
-        real = [y for y in ys if y == y]
-        low, high = (min(real), max(real)) if i == 0 else (0, 1.1 * max(real))
-        x = lambda e: 50 + 520 * e["step"] / right
-        points = [
-            f"{x(e):.1f},{30 + 190 * i + 140 * (high - y) / (high - low or 1):.1f}" for e, y in zip(log, ys) if y == y
-        ]
-        parts.append(f'<rect class="axis" x="50" y="{30 + 190 * i}" width="520" height="140"/>')
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{COLORS[0]}"/>')
-        parts.append(f'<text x="310" y="{186 + 190 * i}" text-anchor="middle">{label}</text>')
-        parts += [
-            f'<text x="44" y="{y}" text-anchor="end">{v:.2f}</text>'
-            for y, v in ((40 + 190 * i, high), (170 + 190 * i, low))
-        ]
-    for e, before in zip(log, [{"phase": "", "step": 0}, *log]):
-        if e["phase"] != before["phase"]:
-            at, color = 50 + 520 * before["step"] / right, COLORS[3]
-            parts.append(f'<line x1="{at}" x2="{at}" y1="16" y2="550" stroke="{color}" stroke-dasharray="3"/>')
-            parts.append(
-                f'<text x="{at + 3}" y="{14 if e["phase"] in ("diversify", "tighten") else 26}">{e["phase"]}</text>'
-            )
+    begins = {}
+    for e in log:
+        begins.setdefault(e["phase"], e["step"] - 1)
+    right = min(log[-1]["step"], 2 * max(begins.values()) + 20)
+    log, x = [e for e in log if e["step"] <= right], lambda step: 60 + 620 * step / right
+    parts = ['<text x="10" y="24" font-weight="bold">EvoMoE: one expert, then all, then as few as it takes</text>']
+    parts.append(f'<text x="10" y="46">The first {right} steps of a run. The spawn does not disturb the loss; experts '
+                 "per token fall while the bar rises.</text>")  # fmt: skip
+    for i, ((name, first), last) in enumerate(zip(begins.items(), [*list(begins.values())[1:], right])):
+        wide = x(last) - x(first)
+        parts.append(f'<rect x="{x(first):.1f}" y="60" width="{wide:.1f}" height="460" fill="{COLORS[0]}" '
+                     f'opacity="{0.18 if i % 2 else 0.06}"/>')  # fmt: skip
+        parts.append(f'<text x="{x(first) + wide / 2:.1f}" y="76" text-anchor="middle">{name}</text>')
+    rows = {"loss": [e["loss"] for e in log], "experts per token": [e.get("experts_per_token", 1.0) for e in log],
+            "bar": [e["bar"] for e in log]}  # fmt: skip
+    for i, (label, ys) in enumerate(rows.items()):
+        real, top = [y for y in ys if y == y], 100 + 145 * i
+        low, high = (min(real), max(real)) if i == 0 else (0.0, 1.05 * max(real))
+        at = lambda y: top + 110 * (high - y) / (high - low or 1)
+        points = " ".join(f"{x(e['step']):.1f},{at(y):.1f}" for e, y in zip(log, ys) if y == y)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{COLORS[3]}" stroke-width="2"/>')
+        parts.append(f'<text x="672" y="{top + 50}" text-anchor="end">{label}</text>')
+        parts += [f'<text x="54" y="{at(y) + 4:.0f}" text-anchor="end">{y:.3g}</text>' for y in (low, max(real))]
+    parts += [f'<text x="{x(n):.0f}" y="538" text-anchor="middle">{n}</text>' for n in {0, *begins.values(), right}]
     with open(path, "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 590">{STYLE}{"".join(parts)}</svg>\n')
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 550">{STYLE}{"".join(parts)}</svg>\n')
 
 
 def main():

@@ -147,13 +147,8 @@ def heat_map(x, y, name, idea, words, G):
 # ---------------------------------------------------------------------------------------------------------------------
 # The journey of the rows on two ranks
 
-CHIP, PITCH, GAP, LANE, HOMES = (
-    36,
-    38,
-    10,
-    336,
-    (6, 358),
-)  # a row's square, from one to the next, between experts; lanes
+CHIP, PITCH, GAP = 34, 35, 6  # a row's square, from one to the next, between experts
+LANE, HOMES = 336, (6, 358)  # width of a rank's frames, where they begin
 
 
 class Watched(torch.nn.Module):
@@ -194,7 +189,7 @@ def draw_journey(path):
         parts += home(x, rank, trip["G"], words) + rows(at_home, 314, words)
         parts += hosts(x, rank, at_expert, words)
         parts += arrivals_home(x, trip["G"], at_home, words)
-    roads = [road(n, leave[n, e], 350, arrive[n, e], 500) for n, e in leave]
+    roads = [road(n, leave[n, e], 314 + CHIP, arrive[n, e], 500) for n, e in leave]
     roads += [road(n, arrive[n, e], 578, leave[n, e], 704) for n, e in leave]
     moved = len(leave) - stays
     caption = (
@@ -269,7 +264,7 @@ def arrivals_home(x, G, places, words):
     parts = frame(x, 674, 230, f"rank {first // 4}", "4 back as E(x), in the order of 2")
     parts += rows(places, 704, words, round=18)
     for (n, e), at in places.items():
-        parts.append(road(n, at, 740, x + 34 + 74 * (n - first) + 17, 794))
+        parts.append(road(n, at, 704 + CHIP, x + 34 + 74 * (n - first) + 35 - CHIP / 2, 794))
     parts.append(text(x + LANE / 2, 896, "5 each times its G, added up: y", "middle soft"))
     for i, row in enumerate(G.tolist()):
         where = x + 34 + 74 * i

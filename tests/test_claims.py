@@ -110,7 +110,7 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
     svg = xml.dom.minidom.parse(str(tmp_path / "phases.svg"))
     said = {t.firstChild.data for t in svg.getElementsByTagName("text")}
     assert len(svg.getElementsByTagName("polyline")) == 3
-    assert {"loss", "bar", "experts per token", "diversify", "hard"} <= said
+    assert {"loss", "bar", "experts per token", "diversify", "dense", "tighten", "hard"} <= said
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(step=1, loss=5.0)) + "\n")
     with pytest.raises(SystemExit, match="not the log of a run with --gate=dts"):
         claims.phases(tmp_path, tmp_path / "phases.svg")

@@ -102,11 +102,18 @@ def test_journey_draws_every_row_twice_and_a_road_for_each_leg(tmp_path):
     assert len(roads) == 3 * n_rows  # to the experts, back, into the sum
     shown = [word for word in words(tmp_path / "journey.svg") if word in "01234567"]
     assert len(shown) == 3 * n_rows + 2 * n_tokens + ones  # a weight of 1 looks like a token's number
-    squares = {(float(r.getAttribute("x")) + 18, float(r.getAttribute("y"))) for r in
-               elements(tmp_path / "journey.svg", "rect") if r.getAttribute("width") == "36"}  # fmt: skip
+    chip = pictures.CHIP
+    squares = {(float(r.getAttribute("x")) + chip / 2, float(r.getAttribute("y"))) for r in
+               elements(tmp_path / "journey.svg", "rect") if r.getAttribute("width") == str(chip)}  # fmt: skip
     for x0, y0, *_, x1, y1 in (map(float, re.findall(r"[\d.]+", p.getAttribute("d"))) for p in roads):
-        assert (x0, y0 - 36) in squares or (x0, 500.0) in squares  # from below a square, or below its expert
+        assert (x0, y0 - chip) in squares or (x0, 500.0) in squares  # from below a square, or below its expert
         assert (x1, y1) in squares or y1 == 794  # to the top of a square, or of y
+
+
+def test_what_is_on_a_rank_is_drawn_in_its_lane():
+    for rect in elements(pictures.FIGURES / "journey.svg", "rect"):
+        x, width = (float(rect.getAttribute(name)) for name in ("x", "width"))
+        assert any(at <= x and x + width <= at + pictures.LANE for at in pictures.HOMES)
 
 
 def test_the_rows_of_journey_travel_as_one_process_would_sort_them():
