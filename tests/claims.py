@@ -109,17 +109,23 @@ def smooth(values, n=5):
     return [statistics.mean(values[max(0, i - n) : i + 1]) for i in range(len(values))]
 
 
-def over_steps(title, value):
-    """A picture: value(log entry) over the steps, smoothed, mean and band over seeds, a line for each contestant."""
+def over_steps(title, value, paired=True):
+    """A picture: value(log entry) over the steps, smoothed, mean and band over seeds, a line for each contestant.
+    paired: less the first contestant's of the same seed and step, so that what all see in common is gone."""
 
     def draw(logs):
-        lines = {}
+        first, lines = next(iter(logs)), {}
         for contestant, runs in logs.items():
-            runs = [training(log) for log in runs]
-            rows = [list(zip([e["step"] for e in r], smooth([value(e) for e in r]))) for r in runs]
+            rows = []
+            for log, base in zip(runs, logs[first]):
+                zero = {e["step"]: value(e) if paired else 0.0 for e in training(base)}
+                both = [e for e in training(log) if e["step"] in zero]
+                ys = smooth([value(e) - zero[e["step"]] for e in both])
+                rows.append(list(zip([e["step"] for e in both], ys)))
             if "time" not in contestant and "labels" not in contestant:
                 lines[contestant] = band(rows)
-        return f"{title}, mean and band over seeds", lines, "steps"
+        less = f" less that of {first}" if paired else ""
+        return f"{title}{less}, mean and band over seeds", lines, "steps"
 
     return draw
 
@@ -251,7 +257,7 @@ CLAIMS = {
          "locmoe 1, mixed data": LOCAL + "1 --shard_by_domain=false"},
         ("locmoe 1", "switch"), "--ranks_per_node=1 --shard_by_domain",
         {"between nodes": between_nodes} | LOSS | COST, ranks=2,
-        picture=over_steps("share of the rows that leave their node", far_share)),
+        picture=over_steps("share of the rows that leave their node", far_share, paired=False)),
     "locmoeplus": Claim(
         "experts need ever fewer tokens, at the same loss",
         {"floor 1 (never fewer)": "--gate=locmoeplus --gate_args=floor=1", "floor 0.5": "--gate=locmoeplus "
@@ -447,24 +453,26 @@ STYLE = ('<style>text{font:12px sans-serif;fill:#222}.axis{stroke:#999;fill:none
 
 
 def chart(path, title, lines, xlabel, ylabel):
-    """An SVG of {name: [(x, low, mean, high), ...]}: a line and a band each; the y axis begins where the differences
-    are visible, the legend stands beside the curves."""
+    """An SVG of {name: [(x, low, mean, high), ...]}: a line and a band each; the y axis spans what the last three
+    quarters need, the legend stands beside the curves."""
     xs = [x for points in lines.values() for x, *_ in points]
     ys = sorted(y for points in lines.values() for _, low, _, high in points[len(points) // 4 :] for y in (low, high))
-    left, right, low, high = min(xs), max(max(xs), min(xs) + 1e-9), ys[0], max(ys[-1], ys[0] + 1e-9)
-    at = lambda x, y: (
-        f"{60 + 430 * (x - left) / (right - left):.1f},{40 + 270 * (high - min(y, high)) / (high - low):.1f}"
-    )
-    parts = [f'<text x="60" y="20">{title}</text><rect class="axis" x="60" y="40" width="430" height="270"/>']
+    left, right, low, high = min(0, *xs), max(max(xs), 1e-9), ys[0], max(ys[-1], ys[0] + 1e-9)
+    digits = max(0, 2 - math.floor(math.log10(high - low)))
+    at = lambda x, y: f"{60 + 430 * (x - left) / (right - left):.1f},{40 + 270 * (high - y) / (high - low):.1f}"
+    frame = 'x="60" y="40" width="430" height="270"'
+    parts = [f'<clipPath id="frame"><rect {frame}/></clipPath><rect class="axis" {frame}/><text x="60" y="20">{title}'
+             "</text>"]  # fmt: skip
     for f in (0, 0.25, 0.5, 0.75, 1):
         y, x = high - f * (high - low), left + f * (right - left)
-        parts.append(f'<text x="54" y="{44 + 270 * f:.0f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text x="54" y="{44 + 270 * f:.0f}" text-anchor="end">{y:.{digits}f}</text>')
         parts.append(f'<text x="{60 + 430 * f:.0f}" y="326" text-anchor="middle">{x:.4g}</text>')
     for i, (name, points) in enumerate(lines.items()):
-        color, points = COLORS[i % len(COLORS)], [p for p in points if p[2] <= high + 0.2 * (high - low)]
+        color = COLORS[i % len(COLORS)]
         band = [at(x, a) for x, a, _, _ in points] + [at(x, b) for x, _, _, b in reversed(points)]
-        parts.append(f'<polygon points="{" ".join(band)}" fill="{color}" opacity="0.15"/>')
-        parts.append(f'<polyline points="{" ".join(at(x, m) for x, _, m, _ in points)}" fill="none" stroke="{color}"/>')
+        line = " ".join(at(x, m) for x, _, m, _ in points)
+        parts.append(f'<g clip-path="url(#frame)"><polygon points="{" ".join(band)}" fill="{color}" opacity="0.15"/>'
+                     f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5"/></g>')  # fmt: skip
         parts.append(f'<rect x="505" y="{44 + 18 * i}" width="12" height="4" fill="{color}"/>')
         parts.append(f'<text x="522" y="{52 + 18 * i}">{name}</text>')
     parts.append(f'<text x="275" y="346" text-anchor="middle">{xlabel}</text><text x="6" y="20">{ylabel}</text>')
