@@ -255,7 +255,7 @@ CLAIMS = {
         {"switch": "--gate=switch", "hash": "--gate=hash", "locmoe 0.01": LOCAL + "0.01", "locmoe 0.1": LOCAL + "0.1",
          "locmoe 1": LOCAL + "1", "randomrouted": "--gate=randomrouted",
          "locmoe 1, mixed data": LOCAL + "1 --shard_by_domain=false"},
-        ("locmoe 1", "switch"), "--ranks_per_node=1 --shard_by_domain",
+        ("locmoe 0.01", "switch"), "--ranks_per_node=1 --shard_by_domain",
         {"between nodes": between_nodes} | LOSS | COST, ranks=2,
         picture=over_steps("share of the rows that leave their node", far_share, paired=False)),
     "locmoeplus": Claim(
