@@ -80,7 +80,7 @@ class Mesh:
     ranks_per_node: int = 1  # nodes are real or simulated
     device: torch.device = torch.device("cpu")
     two_level: bool = False  # exchange within nodes first, then between nodes
-    process_groups: dict = field(default_factory=dict)  # "ep", "dp"; "intra", "inter" if ep spans nodes
+    process_groups: dict = field(default_factory=dict)  # "ep", "dp"; "intra", "inter" if ep spans nodes; see init
 
     def __post_init__(self):
         self.main = self.rank == 0
@@ -344,8 +344,8 @@ def init(ranks_per_node=0, timeout=600, device=None):
 def lay_out(mesh, n_experts, ep=0, two_level=False, timeout=600):
     """The mesh that init gave, with the experts spread over its ranks. ValueError, the same on every rank, when the
     numbers do not fit."""
-    layout(mesh.world, n_experts, ep, mesh.ranks_per_node, two_level)
     if mesh.world == 1:
+        layout(1, n_experts, ep, mesh.ranks_per_node, two_level)
         return mesh
     return make_mesh(mesh.rank, mesh.world, n_experts, ep, mesh.ranks_per_node, mesh.device, two_level, timeout)
 

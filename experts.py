@@ -71,10 +71,11 @@ class Experts(nn.Module):
     @torch.no_grad()
     def init(self, seed, layer, std1, std2):
         """Normal weights. Each expert draws from its own generator, keyed by its global number: the same experts
-        whatever the number of ranks, and expert 0 is the FFN that a dense model would have here."""
+        whatever the number of ranks, and expert 0 is the FFN that a dense model would have here. w1 is drawn in the
+        order of (D, H), as it once was stored, so that a seed keeps its weights."""
         for i in range(self.n):
             rng = torch.Generator().manual_seed(((seed * 1009 + layer) * 1009 + self.first + i) * 2 + 1)
-            self.w1[i] = torch.empty(self.w1[i].t().shape).normal_(0, std1, generator=rng).t()  # once (n, D, H)
+            self.w1[i] = torch.empty(self.w1[i].t().shape).normal_(0, std1, generator=rng).t()  # as (D, H)
             self.w2[i].normal_(0, std2, generator=rng)
 
     def forward(self, rows, counts=None):
