@@ -37,14 +37,13 @@ Letters: D model width, E experts, M rows (a token sent to k experts is k rows),
 """
 
 import ctypes
-import json
 import os
 import re
 import signal
-import tempfile
+import sys
 import time
 import zipfile
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
@@ -55,11 +54,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as td
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class Back(NamedTuple):
@@ -380,6 +374,33 @@ def speaks_for(error):
     have met, what a node's processes have alike (flags, GPUs) may be wrong on that node only: its first one prints."""
     own = isinstance(error, OwnError) or td.is_initialized() and not isinstance(error, EverybodysError)
     return own or os.environ.get("RANK" if td.is_initialized() else "LOCAL_RANK", "0") == "0"
+
+
+def alike(action):
+    """action() -> its value; an error of it is one that every rank meets: the same fault in the same flags and files."""
+    try:
+        return action()
+    except OwnError:
+        raise
+    except (ValueError, OSError) as error:
+        raise EverybodysError(str(error)) from None
+
+
+def program(main, argv):
+    """main(argv), the whole of this process: an error is one line on stderr, from the rank that it concerns, and exit
+    status 1; what is a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not (line := one_line(error)):
+            raise
+        if speaks_for(error):
+            print(f"train.py: {line}", file=sys.stderr)
+        sys.exit(1)
 
 
 def one_line(error):
@@ -779,79 +800,3 @@ def stop_on_signals():
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), handle)
     return asked
-
-
-def lock(folder):
-    """Lock a run's folder (made if missing) until .close() of what is returned, or until the process ends, however it
-    ends. ValueError if another run has it, OSError if it cannot be written to."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to --out_dir={folder} ({error.strerror}): name another folder") from None
-    held = ExitStack()
-    if fcntl is None:
-        print("note: this system has no file locks: two runs in one folder would not notice each other", flush=True)
-        return held
-    file = os.open(folder, os.O_RDONLY)
-    held.callback(os.close, file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise ValueError(f"another run is writing to {folder}: choose another --out_dir") from None
-    except OSError:
-        pass  # a file system without locks
-    return held
-
-
-class Log:
-    """folder/log.jsonl, written by rank 0: one JSON object a line. The folder is locked while it is open, and a run
-    resumed at `step` (None: a fresh one) cuts off what its checkpoint does not know of. ValueError if the folder is
-    another run's, OSError if it cannot be written to."""
-
-    def __init__(self, folder, mesh, step):
-        self.folder, self.main, self.step = folder, mesh.main, step
-        self.path = os.path.join(folder, "log.jsonl")
-        self.lock = mesh.on_all(lambda: lock(folder) if mesh.main else None)
-        mesh.on_main(self.begin)
-
-    def begin(self):
-        lines, old = [], checkpoints(self.folder)
-        if self.step is None and old:
-            raise ValueError(f"{self.folder} holds checkpoints of an earlier run ({old[-1].name}): continue it "
-                             "with --init_from=resume, choose another --out_dir, or delete them")  # fmt: skip
-        try:
-            if self.step is not None and os.path.exists(self.path):
-                with open(self.path, errors="replace") as f:
-                    lines = [line for line in f if self.known(line)]
-            with open(self.path + ".tmp", "w") as f:
-                f.writelines(lines)
-            os.replace(self.path + ".tmp", self.path)
-        except OSError as e:
-            raise OSError(f"cannot write {self.path} ({e.strerror}): move it away or name another --out_dir") from None
-
-    def known(self, line):
-        """Is it whole, not later than the checkpoint, and nothing that the end of the run writes again?"""
-        try:
-            entry = json.loads(line)
-            return line.endswith("\n") and entry["step"] <= self.step and "final" not in entry
-        except (ValueError, KeyError, TypeError):
-            return False  # a crash or a full disk tore it
-
-    def __call__(self, entry):
-        if self.main:
-            try:
-                with open(self.path, "a") as f:
-                    f.write(json.dumps(entry) + "\n")
-            except OSError as e:
-                raise OSError(f"cannot write {self.path}: {e.strerror}. Checkpoints are untouched; mend it and "
-                              "continue with --init_from=resume") from None  # fmt: skip
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        if self.lock:
-            self.lock.close()

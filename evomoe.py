@@ -36,6 +36,7 @@ Decisions (the paper's body and code leave these open):
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ import torch
 import dist
 from data.flags import closest
 from experts import Experts, MoE
+from model import make_optimizer
 from router import make_gate
 
 SPAWNS = ("mask", "noise", "copy", "importance")  # see offspring
@@ -116,6 +118,32 @@ def starts_dense(cfg):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The spawn
+
+
+def spawn_if_due(run, step, task_loss):
+    """One expert per MoE layer becomes n_experts when the first phase is over: a new model and optimizer, filled from
+    the old ones. True if that happened now."""
+    cfg, old = run.cfg, run.model
+    if cfg.n_experts == 1 or old.moes() or step < spawn_step(cfg):
+        return False
+    scores = importance(old, sample_losses(run, task_loss)) if cfg.spawn == "importance" else None
+    model = run.build(cfg.n_experts)
+    optimizer = make_optimizer(model, cfg)
+    grow(old, run.optimizer, model, optimizer, cfg, scores)
+    run.model, run.optimizer = model.train(), optimizer
+    run.say(f"step {step:5d} | one expert per layer becomes {cfg.n_experts} ({cfg.spawn}): "
+            f"{model.n_params()[0] / 1e6:.2f} M parameters")  # fmt: skip
+    return True
+
+
+def sample_losses(run, task_loss, n=256):
+    """The mean loss of each of n training sequences, one graph at a time: what importance wants."""
+    for step in range(math.ceil(n / run.cfg.batch_size)):
+        batch = run.objective.train_batch(step)
+        for i in range(min(n - step * run.cfg.batch_size, run.cfg.batch_size)):
+            nll = task_loss(run.model, {name: t[i : i + 1].to(run.mesh.device) for name, t in batch.items()})[0]
+            if nll.numel():  # a short sequence may have no masked token
+                yield nll.mean()
 
 
 def grow(old, old_optimizer, new, new_optimizer, cfg, scores=None):

@@ -346,8 +346,3 @@ def log_stats(moes, mesh):
         traffic = [mesh.traffic(m.stats["table"], m.stats["row_bytes"]) for m in moes]
         out |= {name: int(mesh.all_reduce(sum(t[name] for t in traffic))) for name in traffic[0]}
     return out
-
-
-def bars(load):
-    """A small picture of the experts' loads; the fair share is half height."""
-    return "".join(" ▁▂▃▄▅▆▇█"[min(8, round(4 * v))] for v in load)

@@ -160,6 +160,10 @@ class Model(nn.Module):
     def gates(self):
         return [m.gate for m in self.moes()]
 
+    def loss_weights(self):
+        """{name of an auxiliary loss: its weight}; all layers have the same kind of gate."""
+        return {name: w for gate in self.gates() for name, w in gate.loss_weights.items()}
+
     @property
     def mesh(self):
         """The ranks that its MoE layers are spread over; a dense model has none to wait for."""
@@ -355,3 +359,16 @@ class Translator(Model):
                 for mine, _ in cache:  # the cross-attention's keys are the same for all hypotheses of a sentence
                     mine["kv"] = tuple(c[rows] for c in mine["kv"])
         return y.view(B, K, -1)[:, 0, 1:], score[:, 0]
+
+
+def make_optimizer(model, cfg):
+    """AdamW; weight decay on matrices only, and not in gates, whose splits it would soften (COMET, DSelect-k). What is
+    frozen stays out: Adam moves a parameter with zero gradient. What freezes later has no .grad then, and is skipped
+    (router.StableMoE)."""
+    decay, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = p.dim() >= 2 and ".gate." not in name and not name.endswith((".b1", ".b2", "wpe.weight"))
+            (decay if matrix else rest).append(p)
+    groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)

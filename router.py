@@ -145,6 +145,13 @@ class Place:
         u = torch.rand(self.total, cols, device=device, dtype=dtype)
         return u if self.rows is None else u[self.rows]
 
+    def coarse(self, cols, device=None, dtype=torch.float32):
+        """(n, cols) uniform on 0, 1/255, ..., 1, drawn as `rand` is: eight numbers from each draw of 64 bits, for noise
+        on every number of a hidden state, where a draw each would take 7 % of the layer's time."""
+        words = torch.randint(-(2**63), 2**63 - 1, (-(self.total * cols // -8),), device=device)
+        u = words.view(torch.uint8)[: self.total * cols].view(self.total, cols)
+        return (u if self.rows is None else u[self.rows]).to(dtype) / 255
+
     def gumbel(self, cols, device=None, dtype=torch.float32):
         """(n, cols) standard Gumbel noise: argmax(logits + gumbel) is a sample from softmax(logits)."""
         u = self.rand(cols, device, dtype).clamp(torch.finfo(dtype).tiny, 1 - torch.finfo(dtype).eps / 2)
@@ -350,7 +357,7 @@ class Switch(Gate):
     def forward(self, x, ids):
         if self.training and self.jitter:
             x = full_precision(x)
-            x = x * (1 + self.jitter * (2 * self.place.rand(self.D, x.device, x.dtype) - 1))
+            x = x * (1 + self.jitter * (2 * self.place.coarse(self.D, x.device, x.dtype) - 1))
         logits = linear(x, self.weight)
         p = logits.softmax(1)
         w, idx = p.max(1, keepdim=True)

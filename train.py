@@ -33,7 +33,6 @@ import functools
 import math
 import os
 import sys
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -46,8 +45,10 @@ import evomoe
 from data import batches
 from data.files import prepare_missing
 from data.flags import check, flag, help_text, parse
+from data.log import Clock, Log, describe, minutes
 from data.objectives import OBJECTIVES, Objective, open_objective
-from experts import bars, check_causality, feed_forward, log_stats
+from experts import check_causality, feed_forward
+from model import make_optimizer
 from router import gates, score_function_term
 
 
@@ -126,7 +127,7 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The learning rate, the optimizer, the loss
+# The learning rate, the loss
 
 
 def learning_rate(step, cfg):
@@ -138,19 +139,6 @@ def learning_rate(step, cfg):
         return cfg.learning_rate * (max(warmup, 1) / (step + 1)) ** 0.5
     t = min(1.0, (step - warmup) / max(1, cfg.max_steps - warmup))
     return cfg.learning_rate * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * t)))
-
-
-def make_optimizer(model, cfg):
-    """AdamW; weight decay on matrices only, and not in gates, whose splits it would soften (COMET, DSelect-k). What is
-    frozen stays out: Adam moves a parameter with zero gradient. What freezes later has no .grad then, and is skipped
-    (router.StableMoE)."""
-    decay, rest = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            matrix = p.dim() >= 2 and ".gate." not in name and not name.endswith((".b1", ".b2", "wpe.weight"))
-            (decay if matrix else rest).append(p)
-    groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=rest, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, cfg.beta2), fused=True)
 
 
 def task_loss(model, batch, label_smoothing=0.0):
@@ -166,11 +154,6 @@ def task_loss(model, batch, label_smoothing=0.0):
     return nll, smoothed, pick, aux, logits
 
 
-def loss_weights(model):
-    """{aux name: weight} of the model's gates (all layers have the same kind of gate)."""
-    return {name: w for gate in model.gates() for name, w in gate.loss_weights.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One training step, evaluation
 
@@ -184,7 +167,7 @@ def train_step(run, net, batch):
     """
     cfg, mesh = run.cfg, run.mesh
     n_targets = max(1, int((batch["y"] >= 0).sum()))  # of the global batch
-    weights, task, total = loss_weights(run.model), torch.zeros((), device=mesh.device), {}
+    weights, task, total = run.model.loss_weights(), torch.zeros((), device=mesh.device), {}
     for micro in batches.micro_batches(batch, cfg.grad_accum, mesh):
         with run.autocast, evomoe.watch(run.model if run.teacher else None) as seen:
             nll, smoothed, pick, aux, _ = task_loss(net, micro, cfg.label_smoothing)
@@ -285,7 +268,7 @@ def train(run):
     """A whole run: what to expect, the loop, the last words."""
     say_what_to_expect(run)
     clock = Clock(run.first, run.cfg.max_steps)
-    with dist.Log(run.cfg.out_dir, run.mesh, run.first if run.resumed else None) as log:
+    with Log(run.cfg.out_dir, run.mesh, run.first if run.resumed else None) as log:
         if loop(run, log, clock):
             finish(run, log, clock)
 
@@ -298,7 +281,7 @@ def loop(run, log, clock):
     net = run.compiled()
     for step in range(run.first, cfg.max_steps):
         # 1. schedules: experts, gates, learning rate, random numbers
-        if spawn_if_due(run, step):
+        if evomoe.spawn_if_due(run, step, task_loss):
             net = run.compiled()
         evomoe.set_step(run.model, objective.schedule_step(step), cfg)
         for group in run.optimizer.param_groups:
@@ -332,32 +315,6 @@ def loop(run, log, clock):
     return True
 
 
-def spawn_if_due(run, step):
-    """One expert per MoE layer becomes n_experts when the first phase is over: a new model and optimizer, filled from
-    the old ones. True if that happened now."""
-    cfg, old = run.cfg, run.model
-    if cfg.n_experts == 1 or old.moes() or step < evomoe.spawn_step(cfg):
-        return False
-    scores = evomoe.importance(old, sample_losses(run)) if cfg.spawn == "importance" else None
-    model = run.build(cfg.n_experts)
-    optimizer = make_optimizer(model, cfg)
-    evomoe.grow(old, run.optimizer, model, optimizer, cfg, scores)
-    run.model, run.optimizer = model.train(), optimizer
-    run.say(f"step {step:5d} | one expert per layer becomes {cfg.n_experts} ({cfg.spawn}): "
-            f"{model.n_params()[0] / 1e6:.2f} M parameters")  # fmt: skip
-    return True
-
-
-def sample_losses(run, n=256):
-    """The mean loss of each of n training sequences, one graph at a time: what evomoe.importance wants."""
-    for step in range(math.ceil(n / run.cfg.batch_size)):
-        batch = run.objective.train_batch(step)
-        for i in range(min(n - step * run.cfg.batch_size, run.cfg.batch_size)):
-            nll = task_loss(run.model, {name: t[i : i + 1].to(run.mesh.device) for name, t in batch.items()})[0]
-            if nll.numel():  # a short sequence may have no masked token
-                yield nll.mean()
-
-
 def say_what_to_expect(run):
     """The phases and what to beat; data that cannot be used show now, before anything is written."""
     val = run.objective.corpus.held_out()[0]
@@ -368,29 +325,6 @@ def say_what_to_expect(run):
     run.say(run.objective.to_beat(val))
     if run.first == run.cfg.max_steps:
         run.say(f"nothing is left to train at step {run.first}: --max_steps=MORE goes on")
-
-
-def describe(run, done, batch, task, aux):
-    """What the log says about a step. -> (dict for log.jsonl, line for the screen). Collective."""
-    cfg, mesh, moes, gates = run.cfg, run.mesh, run.model.moes(), run.model.gates()
-    stats, state = log_stats(moes, mesh), gates[0].report() if gates else {}
-    values = {"loss": float(mesh.all_reduce(task))}
-    for name, value in aux.items():  # per layer; the distillation terms are shares of ranks
-        values[name] = float(mesh.all_reduce(value)) if name in ("mse", "kl") else float(value) / max(1, len(moes))
-    targets = int((batch["y"] >= 0).sum()) / batch["x"].numel()
-    flops = run.model.flops_per_token(stats.get("experts_per_token", 1), batch["x"].shape[1], targets)
-    weights = loss_weights(run.model)
-    parts = [f"step {done:5d}/{cfg.max_steps}", f"loss {values['loss']:.4f}"]
-    parts += [f"{name} {values[name]:.3f}" for name in aux if weights.get(name) or name in ("mse", "kl")]
-    parts += [" ".join(v if isinstance(v, str) else f"{k} {v:.2f}" for k, v in state.items())] if state else []
-    if stats:
-        parts += [f"experts/token {stats['experts_per_token']:.2f}", f"dropped {stats['dropped']:.1%}",
-                  f"load {bars(stats['load'])} {stats['load_min']:.2f}-{stats['load_max']:.2f}"]  # fmt: skip
-    if mesh.n_nodes > 1 and "tokens_far" in stats:
-        sent = max(1, sum(stats[f"tokens_{where}"] for where in ("rank", "node", "far")))
-        parts += [f"between nodes {stats['tokens_far'] / sent:.0%}"]
-    parts += [f"{flops / 1e6:.2f} MFLOP/token"]
-    return values | stats | state | {"flops_per_token": flops}, " | ".join(parts)
 
 
 def finish(run, log, clock):
@@ -404,31 +338,6 @@ def finish(run, log, clock):
     run.say(text + "\n" + "-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\"; or, "
             f"with an --out_dir of its own, another --gate, --n_experts=1 (the dense model), "
             f"--max_steps={5 * cfg.max_steps}")  # fmt: skip
-
-
-class Clock:
-    """The time of the loop. tokens: trained on since the last reading, evaluations not counted in their time."""
-
-    def __init__(self, first, last):
-        self.began, self.tick, self.first, self.last, self.tokens = time.time(), time.time(), first, last, 0
-
-    def seconds(self):
-        return time.time() - self.began
-
-    def read(self, done):
-        """-> (dict for the log, text for the screen)."""
-        speed = self.tokens / (time.time() - self.tick)
-        left = self.seconds() / (done - self.first) * (self.last - done)
-        self.start_lap()
-        entry = {"tokens_per_s": speed, "seconds": self.seconds(), "cpu_seconds": time.process_time()}
-        return entry, f"{speed / 1e3:.1f}k tok/s | {minutes(left)} left"
-
-    def start_lap(self):
-        self.tick, self.tokens = time.time(), 0
-
-
-def minutes(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def save(run, step):
@@ -572,12 +481,7 @@ def score(run, given):
 def main(argv):
     given = parse(argv, Config)
     dist.keep_memory()
-    try:
-        run = set_up(given)
-    except dist.OwnError:
-        raise
-    except (ValueError, OSError) as error:  # every rank finds the same fault in the same flags and files
-        raise dist.EverybodysError(str(error)) from None
+    run = dist.alike(lambda: set_up(given))
     if "sample" in given:
         with evaluating(run.model):
             run.say(run.objective.sample(run, given["sample"]))
@@ -590,19 +494,6 @@ def main(argv):
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(help_text(__doc__, Config) + "\n\nOther defaults by objective")
-        for name, objective in OBJECTIVES.items():
-            print(f"  {name}: " + " ".join(f"--{k}={v}" for k, v in objective.defaults.items()))
-        sys.exit(0)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Unicode
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted")
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if not (line := dist.one_line(error)):
-            raise
-        if dist.speaks_for(error):
-            print(f"train.py: {line}", file=sys.stderr)
-        sys.exit(1)
+        print(help_text(__doc__, Config, {name: objective.defaults for name, objective in OBJECTIVES.items()}))
+    else:
+        dist.program(main, sys.argv[1:])

@@ -69,11 +69,14 @@ def check(values, Config):
             raise ValueError(f"--{f.name}={value} must be {allowed}")
 
 
-def help_text(manual, Config):
-    """The manual, and every field with its default."""
+def help_text(manual, Config, others=None):
+    """The manual, and every field with its default; others: {name: {field: default}} where a default depends on it."""
     lines = [manual.strip()]
     for f in dataclasses.fields(Config):
         if f.metadata["heading"]:
             lines.append(f"\n{f.metadata['heading']}")
         lines.append((f"  --{f.name}={f.default}".ljust(34) + f.metadata["text"]).rstrip())
+    if others:
+        lines.append("\nOther defaults")
+        lines += [f"  {name}: " + " ".join(f"--{k}={v}" for k, v in also.items()) for name, also in others.items()]
     return "\n".join(lines)

@@ -289,7 +289,7 @@ def step_part(a, device, autocast):
         def run(model=model, optimizer=optimizer, batch=batch):
             with autocast():
                 nll, _, _, aux, _ = train.task_loss(model, batch)
-            weights = train.loss_weights(model)
+            weights = model.loss_weights()
             (nll.mean() + sum(weights.get(key, 0) * value for key, value in aux.items())).backward()
             mesh.clip_grad_norm(model, 1.0)
             optimizer.step()
@@ -348,7 +348,7 @@ def rank_steps(rank, world, quick, rounds, mesh=None, device="cpu", autocast=con
     optimizer = train.make_optimizer(model, cfg)
     x = torch.randint(0, V, (cfg.batch_size, cfg.block_size), generator=torch.Generator().manual_seed(0))
     mine = x.chunk(world)[rank].to(device)
-    times, weights = [], train.loss_weights(model)
+    times, weights = [], model.loss_weights()
     for _ in range(rounds + 2):
         mesh.barrier()
         start = time.perf_counter()

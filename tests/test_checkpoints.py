@@ -18,7 +18,9 @@ import torch.multiprocessing as mp
 from ranks import run_ranks
 from runs import same
 from test_dist import D, E, LAYOUTS, V, default_dtype, largest, make, train_step  # noqa: F401
+import data.log
 import dist
+from data.log import lock
 from dist import Mesh, make_mesh
 
 
@@ -467,7 +469,7 @@ def test_restarted_only_by_this_launch(tmp_path, monkeypatch):
 
 
 def hold_lock(folder, ready):
-    dist.lock(folder)
+    lock(folder)
     ready.set()
     signal.pause()
 
@@ -479,16 +481,16 @@ def test_one_run_per_folder(tmp_path):
     child.start()
     assert ready.wait(20)
     with pytest.raises(ValueError, match="another run is writing to .*run: choose another --out_dir"):
-        dist.lock(tmp_path / "run")
+        lock(tmp_path / "run")
     child.kill()  # the lock goes with the process
     child.join(20)
-    held = dist.lock(tmp_path / "run")
+    held = lock(tmp_path / "run")
     held.close()
     held.close()
-    dist.lock(tmp_path / "run").close()
+    lock(tmp_path / "run").close()
 
 
 def test_without_file_locks(tmp_path, capsys):
-    with patch.object(dist, "fcntl", None):
-        dist.lock(tmp_path).close()
+    with patch.object(data.log, "fcntl", None):
+        lock(tmp_path).close()
     assert "would not notice each other" in capsys.readouterr().out

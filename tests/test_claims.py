@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import claims
+import evomoe
 import toys
 import train
 from data import files
@@ -29,8 +30,8 @@ def options(tmp_path, monkeypatch):
             train.main(argv)
 
     monkeypatch.setattr(claims, "launch", in_process)
-    few = functools.partial(train.sample_losses, n=6)
-    monkeypatch.setattr(train, "sample_losses", few)
+    few = functools.partial(evomoe.sample_losses, n=6)
+    monkeypatch.setattr(evomoe, "sample_losses", few)
     monkeypatch.setattr(train.dist, "stop_on_signals", lambda: [])  # runs are in a thread, which may not ask
     flags = "--max_steps=4 --warmup=1 --eval_batches=1 --device=cpu --n_embd=16 --n_head=2 --log_every=1 --grad_clip=1"
     return SimpleNamespace(

@@ -254,7 +254,7 @@ class Interrupted(Exception):
 ])  # fmt: skip
 def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path, monkeypatch, flags):
     """Interrupted before each of the steps 1 to 7, and continued by a new process's worth of state each time."""
-    monkeypatch.setattr(train, "sample_losses", functools.partial(train.sample_losses, n=6))
+    monkeypatch.setattr(evomoe, "sample_losses", functools.partial(evomoe.sample_losses, n=6))
     whole = train_on(corpus, tmp_path / "whole", **flags)
     make = LanguageModelling.train_batch
     for step in range(1, 9):
@@ -461,7 +461,7 @@ def test_distillation_by_hand_and_symmetric():
 
 @pytest.mark.parametrize("gate", ["hash", "comet"])
 def test_the_documented_distillation_runs(gate, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "sample_losses", functools.partial(train.sample_losses, n=6))
+    monkeypatch.setattr(evomoe, "sample_losses", functools.partial(evomoe.sample_losses, n=6))
     small = dict(objective="roberta", moe_every=1, max_steps=20, learning_rate=0.01, save_every=20)
     train_on(corpus, tmp_path / "teacher", n_experts=1, **small)
     student = dict(distill=1.0, gate=gate, spawn="importance", spawn_ratio=0.5, expert_hidden=16)

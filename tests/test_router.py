@@ -475,6 +475,23 @@ def test_switch_jitter():
     assert Switch(2, 2).jitter == 0.01
 
 
+def test_coarse_noise_is_uniform_and_the_same_for_any_slice():
+    n, cols = 9001, 7
+    torch.manual_seed(3)
+    whole = Place(n).coarse(cols)
+    torch.manual_seed(3)
+    assert torch.equal(Place(10, rows=torch.arange(5, 15), total=n).coarse(cols), whole[5:15])
+    level = (255 * whole).round().long()
+    assert (whole - level / 255).abs().max() < 1e-6
+    expected = n * cols / 256
+    chi2 = ((level.flatten().bincount(minlength=256) - expected).square() / expected).sum()
+    assert 255 - 5 * 510**0.5 < chi2 < 255 + 5 * 510**0.5  # chi-square of 255 degrees: variance 510
+    flat = whole.flatten() - 0.5
+    for lag in range(1, 17):  # bytes of one word, and of neighbouring words, know nothing of each other
+        assert abs((flat[lag:] * flat[:-lag]).mean() * 12) < 5 / (n * cols) ** 0.5
+    assert Place(3).coarse(1, dtype=torch.float64).dtype == torch.float64
+
+
 def test_switch_learns_through_p():
     """y = p_a v_a: dy / dlogit_j = v_a p_a ([j = a] - p_j), and the logits are x W^T."""
     gate, x, v = (
