@@ -141,7 +141,7 @@ def sample_losses(run, task_loss, n=256):
     for step in range(math.ceil(n / run.cfg.batch_size)):
         batch = run.objective.train_batch(step)
         for i in range(min(n - step * run.cfg.batch_size, run.cfg.batch_size)):
-            nll = task_loss(run.model, {name: t[i : i + 1].to(run.mesh.device) for name, t in batch.items()})[0]
+            nll = task_loss(run.model, {name: t[i : i + 1].to(run.mesh.device) for name, t in batch.items()}).nll
             if nll.numel():  # a short sequence may have no masked token
                 yield nll.mean()
 

@@ -35,6 +35,7 @@ import os
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on the CPU: a step is 15 % faster
 import torch
@@ -141,9 +142,18 @@ def learning_rate(step, cfg):
     return cfg.learning_rate * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * t)))
 
 
+class Scored(NamedTuple):
+    """What the model makes of a batch with M targets."""
+
+    nll: torch.Tensor  # (M,) nats: what is reported
+    smoothed: torch.Tensor  # (M,) what is trained on; the same without label smoothing
+    logits: torch.Tensor  # (M, V)
+    pick: torch.Tensor  # (B, T) bool, where the targets are
+    aux: dict  # {name: auxiliary loss, summed over the MoE layers}
+
+
 def task_loss(model, batch, label_smoothing=0.0):
-    """-> nll (M,) of each target, smoothed (M,) what is trained on, pick (B, T) bool where the targets are, aux, and
-    the logits (M, V). Only positions with a target (y >= 0) meet the output layer."""
+    """One forward pass -> Scored. Only positions with a target (y >= 0) meet the output layer."""
     inputs = {name: t for name, t in batch.items() if name != "y"}
     pick = batch["y"] >= 0
     logits, aux = model(**inputs, pick=pick)  # (M, V)
@@ -151,7 +161,7 @@ def task_loss(model, batch, label_smoothing=0.0):
     nll = smoothed = F.cross_entropy(logits, y, reduction="none")
     if label_smoothing:
         smoothed = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
-    return nll, smoothed, pick, aux, logits
+    return Scored(nll, smoothed, logits, pick, aux)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,20 +180,20 @@ def train_step(run, net, batch):
     weights, task, total = run.model.loss_weights(), torch.zeros((), device=mesh.device), {}
     for micro in batches.micro_batches(batch, cfg.grad_accum, mesh):
         with run.autocast, evomoe.watch(run.model if run.teacher else None) as seen:
-            nll, smoothed, pick, aux, _ = task_loss(net, micro, cfg.label_smoothing)
-        loss = smoothed.sum() / n_targets
+            out = task_loss(net, micro, cfg.label_smoothing)
+        loss, aux = out.smoothed.sum() / n_targets, out.aux
         if run.teacher:
             terms = distill(run, seen, micro, n_targets)
             loss = loss + cfg.distill * sum(terms.values())
             total |= {name: total.get(name, 0) + value.detach() for name, value in terms.items()}
         if "log_prob" in aux:
-            term = score_function_term(aux.pop("log_prob"), nll, pick, cfg.batch_size // cfg.grad_accum, mesh)
+            term = score_function_term(aux.pop("log_prob"), out.nll, out.pick, cfg.batch_size // cfg.grad_accum, mesh)
             loss = loss + weights["log_prob"] * term / cfg.grad_accum
         for name, value in aux.items():
             loss = loss + weights.get(name, 0) * value / cfg.grad_accum
             total[name] = total.get(name, 0) + value.detach() / cfg.grad_accum
         loss.backward()
-        task += nll.detach().sum() / n_targets
+        task += out.nll.detach().sum() / n_targets
     mesh.sync_grads(run.model)
     norm = mesh.clip_grad_norm(run.model, cfg.grad_clip)
     if torch.isfinite(norm):  # the same number on every rank
@@ -222,10 +232,10 @@ def evaluate(run, split, eval_batches=0):
         for batch in objective.held_out(split, eval_batches):
             (batch,) = batches.micro_batches(batch, 1, mesh)
             with run.autocast:
-                nll, _, pick, _, logits = task_loss(run.model, batch)
-            right = (logits.argmax(1) == batch["y"][pick]).float()
-            values = torch.stack([nll, right, torch.ones_like(nll)], 1).cpu().double()
-            total.index_add_(0, objective.part(batch)[pick].cpu(), values)
+                out = task_loss(run.model, batch)
+            right = (out.logits.argmax(1) == batch["y"][out.pick]).float()
+            values = torch.stack([out.nll, right, torch.ones_like(right)], 1).cpu().double()
+            total.index_add_(0, objective.part(batch)[out.pick].cpu(), values)
     total = mesh.all_reduce(total.to(mesh.device, torch.float32 if mesh.device.type == "mps" else torch.float64))
     loss, correct, n = total.sum(0).tolist()
     result = {"loss": loss / n, "accuracy": correct / n} | objective.more_metrics(split, loss / n)

@@ -288,9 +288,9 @@ def step_part(a, device, autocast):
 
         def run(model=model, optimizer=optimizer, batch=batch):
             with autocast():
-                nll, _, _, aux, _ = train.task_loss(model, batch)
+                out = train.task_loss(model, batch)
             weights = model.loss_weights()
-            (nll.mean() + sum(weights.get(key, 0) * value for key, value in aux.items())).backward()
+            (out.nll.mean() + sum(weights.get(key, 0) * value for key, value in out.aux.items())).backward()
             mesh.clip_grad_norm(model, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -353,8 +353,8 @@ def rank_steps(rank, world, quick, rounds, mesh=None, device="cpu", autocast=con
         mesh.barrier()
         start = time.perf_counter()
         with autocast():
-            nll, _, _, aux, _ = train.task_loss(model, {"x": mine, "y": mine.roll(-1, 1)})
-        (nll.sum() / x.numel() + sum(weights.get(key, 0) * value for key, value in aux.items())).backward()
+            out = train.task_loss(model, {"x": mine, "y": mine.roll(-1, 1)})
+        (out.nll.sum() / x.numel() + sum(weights.get(key, 0) * value for key, value in out.aux.items())).backward()
         mesh.sync_grads(model)
         mesh.clip_grad_norm(model, 1.0)
         optimizer.step()
