@@ -146,9 +146,12 @@ class Place:
         return u if self.rows is None else u[self.rows]
 
     def coarse(self, cols, device=None, dtype=torch.float32):
-        """(n, cols) uniform on 0, 1/255, ..., 1, drawn as `rand` is: eight numbers from each draw of 64 bits, for noise
-        on every number of a hidden state, where a draw each would take 7 % of the layer's time."""
-        words = torch.randint(-(2**63), 2**63 - 1, (-(self.total * cols // -8),), device=device)
+        """(n, cols) uniform like `rand`; on a CPU only on 0, 1/255, ..., 1, eight numbers from each draw of 64 bits.
+        For noise on every number of a hidden state: a draw each takes a CPU as long as the rest of the gate. A GPU
+        draws as fast as it writes."""
+        if device is not None and torch.device(device).type != "cpu":
+            return self.rand(cols, device, dtype)
+        words = torch.randint(-(2**63), 2**63 - 1, (-(self.total * cols // -8),))
         u = words.view(torch.uint8)[: self.total * cols].view(self.total, cols)
         return (u if self.rows is None else u[self.rows]).to(dtype) / 255
 
