@@ -86,6 +86,13 @@ def far_share(entry):
     return sent[0] / max(1, sum(sent))
 
 
+def on_the_wire(log, bits_per_second=1e9):
+    """Modelled: ms a step for the rows between two nodes, last quarter of the run. A layer makes four exchanges, and
+    both nodes send at once."""
+    sent = statistics.mean(e.get("bytes_far", 0) for e in training(log)[-max(1, len(training(log)) // 4) :])
+    return 4 * sent / 2 / (bits_per_second / 8) * 1e3
+
+
 def last_move(log):
     """The last evaluated step at which more than 1 % of the held-out tokens had another expert than before."""
     return max([e["step"] for e in log if e.get("val_moved", 0) > 0.01], default=0)
@@ -256,7 +263,7 @@ CLAIMS = {
          "locmoe 1": LOCAL + "1", "randomrouted": "--gate=randomrouted",
          "locmoe 1, mixed data": LOCAL + "1 --shard_by_domain=false"},
         ("locmoe 0.01", "switch"), "--ranks_per_node=1 --shard_by_domain",
-        {"between nodes": between_nodes} | LOSS | COST, ranks=2,
+        {"between nodes": between_nodes} | LOSS | COST | {"ms a step between nodes at 1 Gbit/s": on_the_wire}, ranks=2,
         picture=over_steps("share of the rows that leave their node", far_share, paired=False)),
     "locmoeplus": Claim(
         "experts need ever fewer tokens, at the same loss",
