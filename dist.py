@@ -74,7 +74,7 @@ class Mesh:
     ranks_per_node: int = 1  # nodes are real or simulated
     device: torch.device = torch.device("cpu")
     two_level: bool = False  # exchange within nodes first, then between nodes
-    process_groups: dict = field(default_factory=dict)  # "ep", "dp"; "intra", "inter" if ep spans nodes; see init
+    process_groups: dict = field(default_factory=dict)  # "world" (init); "ep", "dp", "intra" and "inter" (make_mesh)
 
     def __post_init__(self):
         self.main = self.rank == 0
@@ -147,7 +147,7 @@ class Mesh:
         """rows (M, ...) sorted by global expert id, counts (E,) int64 -> (my rows, my counts (E/ep,), back).
 
         My rows come expert by expert, each expert's in order of source rank: the order one process has on the
-        concatenated batch. Any M on any rank, also 0. Waits for the counts, the one host sync of a layer.
+        concatenated batch. Any M on any rank, also 0. Waits for the counts: a host sync besides dispatch's nonzero().
         """
         if self.ep == 1:
             return rows, counts, Back(counts[None], None, None)
@@ -239,7 +239,7 @@ class Mesh:
 # -- start ---------------------------------------------------------------------------------------------------
 
 
-def layout(world, n_experts, ep=0, ranks_per_node=0, two_level=False):
+def check_layout(world, n_experts, ep=0, ranks_per_node=0, two_level=False):
     """Checked (ep, ranks per node). The defaults: the largest ep that fits, one node."""
     both = gcd(world, n_experts or 1)
     ep, ranks_per_node = ep or both, ranks_per_node or world
@@ -257,7 +257,7 @@ def layout(world, n_experts, ep=0, ranks_per_node=0, two_level=False):
 
 def make_mesh(rank, world, n_experts, ep=0, ranks_per_node=0, device="cpu", two_level=False, timeout=600):
     """The mesh on top of an existing process group: every rank builds all groups, in the same order."""
-    ep, m = layout(world, n_experts, ep, ranks_per_node, two_level)
+    ep, m = check_layout(world, n_experts, ep, ranks_per_node, two_level)
     mesh = Mesh(rank, world, ep, m, torch.device(device), two_level)
     lists = {"ep": [range(s, s + ep) for s in range(0, world, ep)], "dp": [range(s, world, ep) for s in range(ep)]}
     if ep > m and ep % m == 0:
@@ -313,7 +313,7 @@ def environment():
 
 def init(ranks_per_node=0, timeout=600, device=None):
     """Join the other ranks that torchrun's environment names; without it the single process. -> Mesh of that many
-    ranks that share nothing yet: lay_out places the experts.
+    ranks that share nothing yet: spread_experts places the experts.
 
     NCCL when there is a GPU for every local rank, else gloo (on the CPU unless device says "cuda"). A hanging
     collective ends after `timeout` seconds. ValueError, the same on every rank, when the numbers do not fit; OwnError
@@ -322,10 +322,10 @@ def init(ranks_per_node=0, timeout=600, device=None):
     gpus = torch.cuda.device_count() if "cuda" in str(device or "cuda") else 0
     here = environment()
     if here is None:
-        layout(1, 1, 0, ranks_per_node)
+        check_layout(1, 1, 0, ranks_per_node)
         return Mesh(device=torch.device(device or ("cuda" if gpus else "cpu")))
     rank, world, slot, slots = here
-    _, ranks_per_node = layout(world, 1, 0, ranks_per_node or slots)
+    _, ranks_per_node = check_layout(world, 1, 0, ranks_per_node or slots)
     if device == "mps" and world > 1:
         raise ValueError("--device=mps works on one process only: gloo cannot send its tensors")
     if gpus >= slots or (gpus and device):
@@ -335,11 +335,11 @@ def init(ranks_per_node=0, timeout=600, device=None):
     return Mesh(rank, world, 1, ranks_per_node, torch.device(device or "cpu"), process_groups={"world": None})
 
 
-def lay_out(mesh, n_experts, ep=0, two_level=False, timeout=600):
+def spread_experts(mesh, n_experts, ep=0, two_level=False, timeout=600):
     """The mesh that init gave, with the experts spread over its ranks. ValueError, the same on every rank, when the
     numbers do not fit."""
     if mesh.world == 1:
-        layout(1, n_experts, ep, mesh.ranks_per_node, two_level)
+        check_layout(1, n_experts, ep, mesh.ranks_per_node, two_level)
         return mesh
     return make_mesh(mesh.rank, mesh.world, n_experts, ep, mesh.ranks_per_node, mesh.device, two_level, timeout)
 
@@ -377,7 +377,7 @@ def speaks_for(error):
 
 
 def alike(action):
-    """action() -> its value; an error of it is one that every rank meets: the same fault in the same flags and files."""
+    """action() -> its value; its error is one that every rank meets: the same fault in the same flags and files."""
     try:
         return action()
     except OwnError:

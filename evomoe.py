@@ -91,12 +91,12 @@ def show(cfg):
     return "\n".join(["phase      after step  experts", *rows])
 
 
-def check(cfg):
-    """ValueError, one line, for a curriculum that cannot be."""
+def check(cfg, state):
+    """ValueError, one line, for a curriculum that cannot be, from the state (of a checkpoint; or {}) it begins with."""
     width = cfg.n_hidden or 4 * cfg.n_embd
-    if cfg.spawn == "importance" and starts_dense(cfg):
+    if cfg.spawn == "importance" and starts_dense(cfg, state):
         split(torch.zeros(width), cfg.n_experts, cfg.expert_hidden or width, cfg.spawn_ratio)
-    elif cfg.expert_hidden not in (0, width) and starts_dense(cfg) and cfg.n_experts > 1:
+    elif cfg.expert_hidden not in (0, width) and starts_dense(cfg, state) and cfg.n_experts > 1:
         raise ValueError(f"--expert_hidden={cfg.expert_hidden}: experts of another width than the FFN they come from "
                          f"({width}) need --spawn=importance, or --diversify=0")  # fmt: skip
     if cfg.teacher and not cfg.distill:
@@ -111,9 +111,9 @@ def starts_trained(cfg):
     return cfg.init_from not in ("scratch", "resume")
 
 
-def starts_dense(cfg):
-    """Does a fresh run begin with one expert per MoE layer?"""
-    return cfg.n_experts == 1 or cfg.diversify > 0 or starts_trained(cfg)
+def starts_dense(cfg, state):
+    """Is there one expert per MoE layer at the start: in the weights it begins with, or, if there are none, by plan?"""
+    return is_dense(state) if state else cfg.n_experts == 1 or cfg.diversify > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def spawn_if_due(run, step, task_loss):
 def sample_losses(run, task_loss, n=256):
     """The mean loss of each of n training sequences, one graph at a time: what importance wants."""
     for step in range(math.ceil(n / run.cfg.batch_size)):
-        batch = run.objective.train_batch(step)
+        batch = run.objective.train_batch(step, run.mesh.n_nodes)
         for i in range(min(n - step * run.cfg.batch_size, run.cfg.batch_size)):
             nll = task_loss(run.model, {name: t[i : i + 1].to(run.mesh.device) for name, t in batch.items()}).nll
             if nll.numel():  # a short sequence may have no masked token
@@ -169,7 +169,7 @@ def grow(old, old_optimizer, new, new_optimizer, cfg, scores=None):
         for name, p in new.named_parameters():
             ancestor = ancestors.get(name.replace(".ffn.experts.", ".ffn."))
             if ancestor is None:
-                continue  # a gate
+                continue  # a gate, or a shared expert
             if name not in heirs:
                 p.copy_(ancestor)
             moments = old_optimizer.state.get(ancestor, {}) if old_optimizer else {}
@@ -255,13 +255,14 @@ MODEL_FIELDS = ("objective n_layer n_head n_embd n_hidden block_size bias activa
                 "gate_args permute expert_hidden shared_hidden").split()  # fmt: skip
 
 
-def agree(given, fields, where, also=()):
-    """ValueError if flags contradict what trained weights need, a config or a part of it; also: more of its fields."""
+def agree(given, fields, where, flag, also=()):
+    """ValueError if flags contradict what trained weights need, a config or a part of it; flag: which one named them;
+    also: more of its fields."""
     differ = [f"{n}={given[n]!r} (there: {fields[n]!r})" for n in (*MODEL_FIELDS, *also)
               if n in given and n in fields and given[n] != fields[n]]  # fmt: skip
     if differ:
         raise ValueError(f"{where} is from another config: {', '.join(differ)}; drop these flags, or choose another "
-                         "--out_dir")  # fmt: skip
+                         f"{flag}")  # fmt: skip
 
 
 def whole(where, objective, mesh):
@@ -379,8 +380,8 @@ def to_gpt2(state):
 
 def load_weights(model, weights, mesh):
     """Put the weights of another run into a model. Positions beyond block_size are left out; tokens that the weights do
-    not know (special tokens of our corpora, the last ids) and a classifier's head keep their initialisation. ValueError
-    if it does not fit."""
+    not know (special tokens of our corpora, the last ids) and a classifier's head that they lack keep their
+    initialisation. ValueError if it does not fit."""
     weights = dict(weights)
     V = len(weights["wte.weight"])
     if model.V < V:
@@ -388,8 +389,8 @@ def load_weights(model, weights, mesh):
                          "--tokenizer")  # fmt: skip
     weights["wte.weight"] = torch.cat([weights["wte.weight"], model.wte.weight[V:].detach().cpu()])
     weights["wpe.weight"] = weights["wpe.weight"][: model.cfg.block_size]
-    weights |= {name: t for name, t in dist.named_tensors(model).items() if name.startswith("classifier.")}
-    dist.load_state(model, None, {"model": weights}, mesh)
+    fresh = {name: t for name, t in dist.named_tensors(model).items() if name.startswith("classifier.")}
+    dist.load_state(model, None, {"model": fresh | weights}, mesh)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,11 +400,13 @@ def load_weights(model, weights, mesh):
 def load_teacher(cfg, build, mesh):
     """The dense model that a distilled one follows, from the run that the config names; build: train.build_model for a
     number of experts."""
-    cfg.teacher = cfg.teacher or cfg.init_from
+    cfg.teacher = cfg.teacher or cfg.init_from  # the config goes into the checkpoints: a resumed run finds it there
     _, state = trained(cfg.teacher, mesh, "teacher")
     teacher = build(1).eval().requires_grad_(False)
     if not hasattr(teacher, "stack"):
         raise ValueError(f"--distill={cfg.distill} works for one stack of blocks, not for an encoder and a decoder")
+    if getattr(teacher, "classifier", None) and not any(name.startswith("classifier.") for name in state["model"]):
+        raise ValueError(f"{cfg.teacher} has no classifier to learn from: name a run of --objective=classify")
     load_weights(teacher, state["model"], mesh)
     return teacher
 

@@ -1,14 +1,14 @@
 """
 Dispatch and combine: from G to y.
 
-    y_n = sum_e G[n, e] * E_e(x_n)                 every_expert, below, is this line and nothing else
+    y_n = sum_e G[n, e] * FFN_e(x_n)               every_expert, below, is this line and nothing else
 
 One dispatch serves every gate. The non-zeros of G, read expert by expert, are the rows: gather them, send them to the
 ranks that own their experts (dist.py; nothing moves on one process), run one grouped matrix product over the stacked
 expert weights, send them back, scale by G, add them up. Exactly the routed rows are computed and sent. One expert per
 token, eight, or a number that the gate learns: the code is the same.
 
-    x (N, D) --gather--> rows (M, D) --to_experts--> --E_e--> --to_tokens--> (M, D) * g --index_add--> y (N, D)
+    x (N, D) --gather--> rows (M, D) --to_experts--> FFN_e --to_tokens--> (M, D) * g --index_add--> y (N, D)
 
 Everything before the dispatch is a map from G to G. A permutation of experts is G @ P; capacity is G with the overflow
 of each expert set to zero (drop); padding is rows that never reach the gate.
@@ -17,8 +17,8 @@ Decisions, with the reason measured on 2 CPU cores at N 8192, D 256, H 1024, k 2
 - torch.nn.functional.grouped_mm instead of a loop over experts: 1.19 dense layers' time against 1.65 at E 64 (1.07
   against 1.15 at E 8).
 - Never an (N, E, C) one-hot tensor: it is quadratic in N (C grows with N).
-- One device sync per layer: nonzero() has to know M (one more with capacity, one with padding). A static (E, C) table
-  avoids it, and computes padding instead.
+- One device sync per layer: nonzero() has to know M (one more with capacity, with padding, and to exchange counts with
+  other ranks). A static (E, C) table avoids it, and computes padding instead.
 
 Letters: N tokens, D width, H expert hidden width, E experts, M rows = non-zeros of G, C capacity.
 """
@@ -71,8 +71,8 @@ class Experts(nn.Module):
     @torch.no_grad()
     def init(self, seed, layer, std1, std2):
         """Normal weights. Each expert draws from its own generator, keyed by its global number: the same experts
-        whatever the number of ranks, and expert 0 is the FFN that a dense model would have here. w1 is drawn in the
-        order of (D, H), as it once was stored, so that a seed keeps its weights."""
+        whatever the number of ranks, and expert 0 is the FFN that a dense model would have here. w1 is drawn as
+        (D, H): the order decides which seed gives which weights, and nothing else."""
         for i in range(self.n):
             rng = torch.Generator().manual_seed(((seed * 1009 + layer) * 1009 + self.first + i) * 2 + 1)
             self.w1[i] = torch.empty(self.w1[i].t().shape).normal_(0, std1, generator=rng).t()  # as (D, H)
@@ -131,6 +131,9 @@ def drop(G, capacity, priority=None):
     return G.masked_fill(over, 0)
 
 
+ORDERS = ("", "arrival", "choice", "score", "random")  # "": the gate's own
+
+
 def drop_priority(order, G, place):
     """(N, E) priority for a named drop order, or None for "arrival". "choice": every token's strongest expert before
     any token's second (GShard); "score": larger weights first; "random": any. All but arrival look at later tokens."""
@@ -142,7 +145,7 @@ def drop_priority(order, G, place):
         return G.detach()
     if order == "random":
         return place.rand(G.shape[1], G.device)
-    raise ValueError(f"--drop_order={order} is unknown; choose from arrival, choice, score, random")
+    raise ValueError(f"--drop_order={order} is unknown; choose from {', '.join(ORDERS[1:])}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +307,7 @@ def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
 
 def check_causality(moes, causal, cfg):
     """ValueError for a gate that looks at later tokens even at evaluation, in a causal model; -> a note for one that
-    does so in training."""
+    does so in training, or when the user insists."""
     if not causal or not moes:
         return ""
     moe = moes[0]
@@ -312,6 +315,8 @@ def check_causality(moes, causal, cfg):
     if moe.gate.looks_ahead == "always" and not cfg.insist:
         raise ValueError(f"{what} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist "
                          "to do it all the same)")  # fmt: skip
+    if moe.gate.looks_ahead == "always":
+        return f"note: {what} looks at later tokens, at evaluation too: the held-out loss means nothing\n"
     if moe.gate.looks_ahead != "never" or (cfg.capacity_factor and moe.drop_order != "arrival"):
         return f"note: {what} looks at later tokens in training; evaluation does not\n"
     return ""
@@ -325,7 +330,8 @@ def log_stats(moes, mesh):
     """Numbers about the last training call of the MoE layers, over all ranks. Collective; {} if there are no layers.
 
     experts_per_token  rows computed per token        dropped  share of the routed rows that capacity cut off
-    load               of each expert of the first layer, before drops, relative to the mean: 1 is the fair share
+    load               of each expert of the first layer, before capacity, relative to the mean: 1 is the fair share.
+                       Gates that drop by themselves (skip) have done so: their drops show in experts_per_token only
     load_min, _max     the lightest and heaviest expert of all layers
     tokens_*, bytes_*  with several processes: rows that stayed on the rank, on the node, and that went far; one way
     """

@@ -47,6 +47,7 @@ class Attention(nn.Module):
         """x (B, T, D), memory (B, S, D), mask (B, S) bool, True = may be attended to. cache: a dict that keeps keys and
         values between calls while decoding: self-attention appends to it, cross-attention fills it once."""
         B, T, D = x.shape
+        assert T == 1 or not (causal and cache), "is_causal lines up the first positions: one new token at a time"
         split = lambda t: t.view(B, -1, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, T or S, D / heads)
         q = split(self.q(x))
         if memory is not None and cache:
@@ -189,8 +190,8 @@ class Model(nn.Module):
         matrices, but not as its tables by token id, which are looked up. A Translator's token is a source-target pair.
         """
         multiplied = lambda name, p: p.dim() >= 2 and not (".gate." in name and len(p) >= self.V)
-        shared = [(name, p) for name, p in self.named_parameters() if ".ffn.experts." not in name]
-        matrices = {name: p.numel() for name, p in shared if multiplied(name, p)}
+        others = [(name, p) for name, p in self.named_parameters() if ".ffn.experts." not in name]
+        matrices = {name: p.numel() for name, p in others if multiplied(name, p)}
         head = sum(n for name, n in matrices.items() if name in ("wte.weight", "dense.weight"))
         blocks = sum(n for name, n in matrices.items() if name.startswith(("stack.", "encoder.", "decoder.")))
         per_row = sum(p[0].numel() for m in self.moes() for p in m.experts.parameters() if p.dim() == 3)

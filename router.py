@@ -1,7 +1,7 @@
 """
 Gates: every way to decide which experts a token goes to.
 
-    y_n = sum_e G[n, e] * E_e(x_n)
+    y_n = sum_e G[n, e] * FFN_e(x_n)
 
 A gate maps tokens to G, an (N, E) matrix of combine weights in which an exact zero means "not sent". Nothing else
 tells one method from another: top-k, hashing, balanced assignment, trees, thresholded Gumbel-softmax are all ways to
@@ -267,8 +267,8 @@ def balance_loss(p, chosen, place):
 
     p (N, E) probabilities, P_e their mean: it carries the gradient, which lowers the logits of crowded experts.
     chosen (N, E) bool, before any drop; f_e is expert e's share of all choices: a count, divided by k, no gradient.
-    1 at perfect balance, E when everything goes to one expert with certainty; but about 1 for any f while P is flat: it
-    acts on a collapse, whether there is one the load shows. 1 is not the minimum: f and P can be anti-aligned. Both
+    1 at perfect balance, E when everything goes to one expert with certainty; but about 1 for any f while P is flat, so
+    that only the load shows whether there is a collapse. 1 is not the minimum: f and P can be anti-aligned. Both
     means run over the global batch.
     """
     f, P = place.mean(torch.stack([chosen.to(p.dtype), p], 1))
@@ -294,7 +294,7 @@ def cv_squared(t):
 class Soft(Gate):
     """Every token visits every expert, weighted by a softmax: the oldest mixture (Jacobs et al. 1991).
 
-        G = softmax(x W)
+        G = softmax(x W^T)
 
     The bound on quality, and on cost, for all that follow. With E = 1 the weight is exactly 1: a dense model.
 
@@ -312,7 +312,7 @@ class Soft(Gate):
 class TopK(Gate):
     """The k likeliest experts of each token, with their softmax weights (Mixtral, arXiv:2401.04088).
 
-        p = softmax(x W);  G = the k largest entries of each row of p, divided by their sum if k >= 2
+        p = softmax(x W^T);  G = the k largest entries of each row of p, divided by their sum if k >= 2
 
     k = 1 keeps p as it is, see the head of this file. z: weight of `z_loss`, off by default.
 
@@ -339,7 +339,7 @@ class Switch(Gate):
     section 2).
 
         x' = x * U(1 - jitter, 1 + jitter)      training only; the experts see x, not x'
-        p = softmax(x' W),  e = argmax p,  y = p_e E_e(x)
+        p = softmax(x' W^T),  e = argmax p,  y = p_e FFN_e(x)
 
     Init: truncated normal, std sqrt(0.1 / D). At the start p_e is near 1/E and scales every expert down: Switch is slow
     at first. The paper's text multiplies the input by the jitter, its pseudo-code adds it to the logits (nearly a no-op
@@ -371,7 +371,7 @@ class Switch(Gate):
 class GShard(Gate):
     """Top-2 whose second expert is used at random, as often as it matters (GShard, arXiv:2006.16668, algorithm 1).
 
-        p = softmax(x W);  g1, g2 = the two largest, divided by their sum (before capacity)
+        p = softmax(x W^T);  g1, g2 = the two largest, divided by their sum (before capacity)
         training: the second is used with probability min(1, 2 g2);  evaluation: always
 
     A weak second opinion is not worth its slot. When an expert is full, all first choices go before any second choice.
@@ -402,7 +402,7 @@ class NoisyTopK(Gate):
     """The sparsely-gated layer: noise, whose size is learned, lets experts take turns (Shazeer et al. 2017,
     arXiv:1701.06538).
 
-        H = x W + N(0, 1) * (softplus(x W_noise) + 1e-2)        eq. 4, noise in training only
+        H = x W^T + N(0, 1) * (softplus(x W_noise^T) + 1e-2)    eq. 4, noise in training only
         G = softmax over the k largest of H, 0 elsewhere        eq. 3, 5
         importance = CV(sum_n G)^2                              eq. 6
         load = CV(sum_n P(expert e would be in the top k if its own noise were drawn again))^2    eq. 8 to 10
@@ -418,7 +418,7 @@ class NoisyTopK(Gate):
         super().__init__(D, E, k)
         self.weight = nn.Parameter(torch.zeros(E, D))
         self.noise = nn.Parameter(torch.zeros(E, D))
-        self.loss_weights = {"importance": importance, "load": load}
+        self.loss_weights = {"importance": importance, "load_cv": load}
 
     def forward(self, x, ids):
         clean = linear(x, self.weight)  # (N, E)
@@ -432,7 +432,7 @@ class NoisyTopK(Gate):
             # the bar that expert e has to clear: the k-th largest of the *other* noisy logits
             chosen = scatter(idx[:, : self.k], torch.ones_like(w), self.E) > 0
             bar = torch.where(chosen, top[:, self.k : self.k + 1], top[:, self.k - 1 : self.k])
-            aux["load"] = cv_squared(self.place.sum(torch.special.ndtr((clean - bar) / sigma)))
+            aux["load_cv"] = cv_squared(self.place.sum(torch.special.ndtr((clean - bar) / sigma)))
         return Routing(G, aux)
 
 
@@ -440,7 +440,7 @@ class TopP(Gate):
     """The likeliest experts until they sum to p: a token of which the router is unsure gets more ("Harder Tasks Need
     More Experts", Huang et al. 2024, arXiv:2403.07652).
 
-        P = softmax(x W);  experts in order of falling P, and the first t whose sum is at least p;  G = P at those
+        P = softmax(x W^T);  experts in order of falling P, and the first t whose sum is at least p;  G = P at those
 
     No row needs more than p E experts, rounded up (a flat one does): that is the k of a capacity. Where the sum is
     exactly p, the authors' code takes one more.
@@ -476,7 +476,7 @@ class DeepSeekV3(Gate):
     """Sigmoid scores, and a bias per expert that balances without a loss (DeepSeek-V3, arXiv:2412.19437, section
     2.1.2).
 
-        s = sigmoid(x W);  chosen = the k largest of s + b;  G = route_scale * s / sum of the chosen s
+        s = sigmoid(x W^T);  chosen = the k largest of s + b;  G = route_scale * s / sum of the chosen s
         after each step  b_e += gamma * sign(mean load - load_e),  loads of the global batch since the last step
 
     b takes part in the choice only: no gradient reaches it and it never enters a weight. For k = 1 the weight is s
@@ -564,7 +564,7 @@ class DeepSeekV3(Gate):
 class ExpertChoice(Gate):
     """Experts choose tokens, so that each has the same number of them (Zhou et al. 2022, arXiv:2202.09368).
 
-        p = softmax(x W) over experts;  each expert takes the C = k N / E tokens with the largest p;  G = p at those
+        p = softmax(x W^T) over experts;  each expert takes the C = k N / E tokens with the largest p;  G = p at those
 
     k is the paper's capacity factor c, the mean number of experts per token: a token gets from 0 to E. Weights are not
     renormalised (section 3.2). The paper's variant with a cap on the experts per token is not built.
@@ -599,23 +599,25 @@ class DTS(Gate):
     """Dense to sparse: from all experts to k, on the way as many as a token's own scores ask for (EvoMoE, Nie et al.
     2021, arXiv:2112.14397).
 
-        y = softmax((x W + s g) / tau),  g ~ Gumbel(0, 1)
+        y = softmax((x W^T + s g) / tau),  g ~ Gumbel(0, 1)
         m = y > bar, and always the k largest;  in the end only these
-        G = m * y   (combine=gumbel)   or   m * softmax(x W)   (combine=softmax)
+        G = m * y   (combine=gumbel)   or   m * softmax(x W^T)   (combine=softmax)
 
         phase    from (share of the steps)   tau                  bar                    experts of a token
         dense    0                           tau_max to tau_min   threshold              nearly all
         tighten  dense                       tau_min              threshold to tighten   those above the bar
         hard     hard                        tau_min                                     k
 
-    Steps are counted from the moment the experts exist. Above a bar of 0.5 there is room for one expert only, so
-    nothing jumps at the end. G is not renormalised: with k = 1 that would leave the router without a gradient. A
-    dropped expert gets no gradient, but comes back when its score does: it is part of the others' softmax. Knobs:
+    Knobs: dense and hard are the shares of the steps at which the phases tighten and hard begin; threshold and tighten
+    the bar's first and last value. Steps are counted from the moment the experts exist. Above a bar of 0.5 there is
+    room for one expert only, so nothing jumps at the end. G is not renormalised: with k = 1 that would leave the router
+    without a gradient. A dropped expert gets no gradient, but comes back when its score does: it is part of the others'
+    softmax. More knobs:
         noise    none; annealed (s from 1 to 0 over the dense phase); constant (s = 1). None at evaluation
         init     scale of W; 1 gives logits of unit variance
         reads    content; or id: the logits are a learned table by token id, what Hash reads
     The paper cools a noisy gate under a fixed bar: tau_max=2, tau_min=0.3, noise=constant, tighten=0.001. With constant
-    noise the choice stays a sample of softmax(x W) at any tau. tests/RESULTS.md: what each knob was worth.
+    noise the choice stays a sample of softmax(x W^T) at any tau. tests/RESULTS.md: what each knob was worth.
 
     Reads: content, or the token id. Balanced by: `balance_loss` of y and m. Looks ahead: never.
     """
@@ -690,15 +692,15 @@ class ReMoE(Gate):
     """A rectifier instead of top-k: an expert is on where its score is positive, and a price on scores keeps k of them
     on (Wang et al. 2024, arXiv:2412.14711).
 
-        G = relu(x W)                                                         continuous, also where an expert turns on
+        G = relu(x W^T)                                                       continuous, also where an expert turns on
         L1 = lambda * sum_e f_e mean_n G[n, e],  f_e = E / k * share of tokens at e           dear where it is crowded
         after each step  lambda *= alpha^sign(experts per token - k)          on the global batch since the last step
 
     lambda starts at 1e-8 and is felt after 60 to 100 steps; then the number of experts falls to k, a mean over tokens,
     and no capacity fits before. Traps: a token may get no expert at all (a row of zeros: it passes by this layer). What
     is off has no gradient and comes back with a change of x only: our default with k = 1 overshot at step 85 and was at
-    0.7 from 200 to 300. W has no bias, it closes an expert along a direction that all tokens share; had they none,
-    half of the scores would stay positive.
+    0.7 from 200 to 300. W has no bias: it closes an expert because the tokens' vectors have a
+    common mean; without one, half of the scores would stay positive.
     The authors share one lambda between the layers, which so may differ in their experts per token; a gate knows one
     layer. At sign 0 their code lowers lambda, the paper and we leave it. It stays between its start and 1000: ours.
 
@@ -1179,15 +1181,15 @@ class LocMoEPlus(Gate):
 def skip_weights(z, u, E, c):
     """z (n,) sampled experts, u (n,) uniform noise, c slots per expert -> (n,) weights: a uniformly random min(n_j, c)
     of the n_j tokens at expert j survive, with weight n_j / min(n_j, c); the others are skipped, 0. The sum is n."""
-    order, place, load = queue(z, u, E)
+    order, position, load = queue(z, u, E)
     w = load.to(u.dtype) / load.clamp(min=1, max=c)  # (E,)
-    return torch.zeros_like(u).index_put((order,), w[z[order]] * (place < c))
+    return torch.zeros_like(u).index_put((order,), w[z[order]] * (position < c))
 
 
 class Skip(Gate):
     """Independent samples; what overflows is skipped, survivors weigh more (Kool et al. 2021, arXiv:2109.11817).
 
-        z_n ~ p_n = softmax(x W);  a full expert keeps a uniformly random c of its n_j tokens, c = ceil(factor N / E)
+        z_n ~ p_n = softmax(x W^T);  a full expert keeps a uniformly random c of its n_j tokens, c = ceil(factor N / E)
         G[n, z_n] = n_j / min(n_j, c) for survivors, 0 for skipped tokens
 
     The expectation of G over the survivors is the one-hot sample: it does not feel the capacity. The gate drops by
@@ -1226,7 +1228,7 @@ class GumbelMatching(Gate):
     """Balanced samples with importance weights (Kool et al. 2021, arXiv:2109.11817).
 
         z = argmax over assignments with at most c = ceil(factor N / E) tokens per expert of sum_n log p_n(z_n) + noise
-        G[n, z_n] = p_n(z_n) / q_n(z_n | noise of the others),  p = softmax(x W), noise ~ Gumbel
+        G[n, z_n] = p_n(z_n) / q_n(z_n | noise of the others),  p = softmax(x W^T), noise ~ Gumbel
 
     Exact optimum (`best_assignment`), q in closed form (`matching_log_q`). With the expectation over a row's own noise
     given the others', E[G] is p. When p is skewed most weights are near 0 and a few are huge: Skip has less variance.
@@ -1371,7 +1373,7 @@ class Permuted(nn.Module):
         G, aux, priority, capacity = self.gate(x, ids, place)
         if self.training and not self.frozen:
             P = self.soft()
-            loss = entropy(P).sum() + entropy(P / P.sum(1, keepdim=True)).sum()  # of no token: each rank adds its share
+            loss = entropy(P).sum() + entropy(P / P.sum(1, keepdim=True)).sum()  # of no token
             aux = {**aux, "permutation": (place or Place(len(x))).mean(loss.expand(len(x)))}
             move = lambda t: linear(t, P.t())  # t P
             mixed = move(G)
@@ -1535,12 +1537,12 @@ def locmoe_capacity(delta, D, E):
 
 def queue(expert, key, E):
     """The queue in front of each expert, highest key first. expert (M,) numbers, key (M,) ->
-    order (M,), rows expert by expert; place (M,) of those rows in their expert's queue, from 0; load (E,) lengths."""
+    order (M,), rows expert by expert; position (M,) of those rows in their expert's queue, from 0; load (E,)."""
     order = key.argsort(descending=True)
     order = order[expert[order].argsort(stable=True)]
     load = expert.new_zeros(E).scatter_add(0, expert, torch.ones_like(expert))
-    place = torch.arange(len(expert), device=expert.device) - (load.cumsum(0) - load)[expert[order]]
-    return order, place, load
+    position = torch.arange(len(expert), device=expert.device) - (load.cumsum(0) - load)[expert[order]]
+    return order, position, load
 
 
 def shortest_paths(cost):

@@ -48,12 +48,9 @@ from data.files import prepare_missing
 from data.flags import check, flag, help_text, parse
 from data.log import Clock, Log, describe, minutes
 from data.objectives import OBJECTIVES, Objective, open_objective
-from experts import check_causality, feed_forward
+from experts import ORDERS, check_causality, feed_forward
 from model import make_optimizer
 from router import gates, score_function_term
-
-
-ORDERS = ("", "arrival", "choice", "score", "random")  # experts.drop_priority
 
 
 @dataclass
@@ -76,9 +73,9 @@ class Config:
     gate: str = flag("dts", "a class of router.py in lower case; dts is EvoMoE's", one_of=gates())
     k: int = flag(0, "experts per token, for gates that take it; 0: the gate's own default", 0)
     gate_args: str = flag("", 'the gate\'s own knobs, like "balance=0.02,jitter=0"; its class in router.py says which')
-    permute: float = flag(0.0, "share of the run that learns a permutation of the experts (COMET+); 0: none", 0, 0.99)
+    permute: float = flag(0.0, "share of the mixture's steps that learn a permutation (COMET+); 0: none", 0, 0.99)
     capacity_factor: float = flag(0.0, "slots of an expert = this * its fair share, in training; 0: no limit", 0)
-    drop_order: str = flag("", 'who keeps a slot: arrival, choice, score, random; "": the gate\'s own', one_of=ORDERS)
+    drop_order: str = flag("", 'who keeps a slot: arrival, choice, score, random; "": the gate\'s', one_of=ORDERS)
     groups: int = flag(1, "routing groups per process; groups=W on one process routes as W processes do", 1)
     expert_hidden: int = flag(0, "hidden width of an expert; 0: an FFN's; less is a finer mixture", 0, 2**18)
     shared_hidden: int = flag(0, "hidden width of one expert more, which all tokens visit; 0: none", 0, 2**18)
@@ -142,6 +139,13 @@ def learning_rate(step, cfg):
     return cfg.learning_rate * (cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * t)))
 
 
+def step_seed(step, cfg, mesh):
+    """Of all that is random inside a step. Alike on every rank, so that a gate's noise does not depend on their number;
+    with dropout each has its own, or all would drop the same units."""
+    seed = cfg.seed * 1_000_003 + step
+    return (seed * mesh.world + mesh.rank if cfg.dropout else seed) % 2**63
+
+
 class Scored(NamedTuple):
     """What the model makes of a batch with M targets."""
 
@@ -172,8 +176,9 @@ def train_step(run, net, batch):
     """One update from one global batch. Of it this rank takes its rows, in micro-batches; gradients are then summed
     over the ranks. net: run.model, or its compiled form.
 
-    -> task: this rank's share of the task loss (nats per target); aux: {name: value}, summed over the MoE layers;
-    norm: the global gradient norm before clipping. All detached. Nothing is updated if the norm is not finite.
+    -> task: this rank's share of the task loss (nats per target); aux: {name: value}, summed over the MoE layers, and
+    mse and kl of a distillation, this rank's share; norm: the global gradient norm before clipping. All detached.
+    Nothing is updated if the norm is not finite.
     """
     cfg, mesh = run.cfg, run.mesh
     n_targets = max(1, int((batch["y"] >= 0).sum()))  # of the global batch
@@ -189,7 +194,7 @@ def train_step(run, net, batch):
         if "log_prob" in aux:
             term = score_function_term(aux.pop("log_prob"), out.nll, out.pick, cfg.batch_size // cfg.grad_accum, mesh)
             loss = loss + weights["log_prob"] * term / cfg.grad_accum
-        for name, value in aux.items():
+        for name, value in aux.items():  # the value is global, the gradient this rank's share (Place.sum)
             loss = loss + weights.get(name, 0) * value / cfg.grad_accum
             total[name] = total.get(name, 0) + value.detach() / cfg.grad_accum
         loss.backward()
@@ -296,7 +301,7 @@ def loop(run, log, clock):
         evomoe.set_step(run.model, objective.schedule_step(step), cfg)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        torch.manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
+        torch.manual_seed(step_seed(step, cfg, mesh))
         # 2. gradients and update
         batch = objective.train_batch(step, mesh.n_nodes)
         task, aux, norm = train_step(run, net, batch)
@@ -319,6 +324,7 @@ def loop(run, log, clock):
             log({"step": done, "seconds": clock.seconds()} | {f"{val}_{name}": v for name, v in result.items()})
         if last or stopping or (cfg.save_every and done % cfg.save_every == 0):
             save(run, done)
+            clock.start_lap()
         if stopping:
             run.say(f"stopped after step {done}; continue with --init_from=resume --out_dir={cfg.out_dir}")
             return False
@@ -370,16 +376,20 @@ def resumed(given, mesh):
     """The newest checkpoint in out_dir. Flags win over its config, but not where they would change the model."""
     out_dir = configure(given).out_dir
     path, state = dist.newest(out_dir, mesh)
-    evomoe.agree(given, state["config"], path)
-    of_this_start = "init_from eval_only sample device ep ranks_per_node two_level timeout".split()
+    evomoe.agree(given, state["config"], path, "--out_dir")
+    of_this_start = "eval_only sample device ep ranks_per_node two_level timeout".split()
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
-    cfg = configure({**given, "out_dir": out_dir}, old)  # where it was found, not where it was written
-    if given.get("init_from") == "resume" and cfg.max_steps < state["step"]:
+    given = {**given, "out_dir": out_dir}  # where it was found, not where it was written
+    resumes = given.pop("init_from", "") == "resume"  # the config goes on telling what the whole run began with
+    cfg = configure(given, old)
+    if resumes and cfg.max_steps < state["step"]:
         raise ValueError(
             f"--max_steps={cfg.max_steps}: {path} is already at step {state['step']}; give at least that many"
         )
     if mesh.main:
-        print(f"loaded {path} (step {state['step']})", flush=True)
+        other = cfg.max_steps != state["config"]["max_steps"]
+        note = f"; learning rate and phases now follow --max_steps={cfg.max_steps}" if other else ""
+        print(f"loaded {path} (step {state['step']}){note}", flush=True)
     return cfg, state
 
 
@@ -389,7 +399,7 @@ def from_trained(given, mesh):
     cfg = configure(given)
     continues = OBJECTIVES[cfg.objective].continues
     fields, state = evomoe.whole(cfg.init_from, continues, mesh) if continues else evomoe.trained(cfg.init_from, mesh)
-    evomoe.agree(given, fields, cfg.init_from, () if continues else ("dataset",))
+    evomoe.agree(given, fields, cfg.init_from, "--init_from", () if continues else ("dataset",))
     if mesh.main:
         print(f"{'fine-tuning the model' if continues else 'starting from the weights'} of {cfg.init_from}", flush=True)
     return configure(given, fields), state
@@ -406,9 +416,9 @@ def set_up(given):
     fresh = afresh if cfg.init_from == "scratch" else from_trained
     begin = resumed if only_looks or given.get("init_from") == "resume" else fresh
     cfg, state = begin(given, mesh)
-    evomoe.check(cfg)
+    evomoe.check(cfg, state)
     batches.check(cfg, mesh.world)
-    mesh = dist.lay_out(mesh, cfg.n_experts, cfg.ep, cfg.two_level, cfg.timeout)
+    mesh = dist.spread_experts(mesh, cfg.n_experts, cfg.ep, cfg.two_level, cfg.timeout)
     mesh.on_main(lambda: prepare_missing(cfg.dataset))
     run = mesh.on_all(lambda: assemble(cfg, state, mesh))
     if cfg.distill and not only_looks:
@@ -426,7 +436,7 @@ def assemble(cfg, state, mesh):
     torch.manual_seed(cfg.seed)
     build = functools.partial(build_model, cfg, objective, mesh, n_domains)
     mixture = build(cfg.n_experts)  # also before a spawn: wrong knobs of a gate should stop the run now
-    dense_first = cfg.n_experts > 1 and (evomoe.is_dense(state) if state else cfg.diversify > 0)
+    dense_first = cfg.n_experts > 1 and evomoe.starts_dense(cfg, state)
     model = build(1) if dense_first else mixture
     note = check_causality(mixture.moes(), objective.causal, cfg)
     optimizer = make_optimizer(model, cfg)
@@ -438,10 +448,9 @@ def assemble(cfg, state, mesh):
     autocast = torch.autocast(mesh.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, None, state.get("step", 0),
               "optimizer" in state)  # fmt: skip
+    evomoe.set_step(mixture, cfg.max_steps, cfg)
+    total, active = mixture.n_params()  # as the run will end
     evomoe.set_step(model, objective.schedule_step(run.first), cfg)
-    if mixture is not model:
-        evomoe.set_step(mixture, cfg.max_steps, cfg)  # the experts to come, as they will end
-    total, active = mixture.n_params()
     run.say(
         note + f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per "
         f"token, {cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}"

@@ -46,7 +46,8 @@ def bars(load):
 
 
 class Clock:
-    """The time of the loop. tokens: trained on since the last reading, evaluations not counted in their time."""
+    """The time of the loop since this start. tokens: trained on since the last reading; evaluations and checkpoints do
+    not count in their time."""
 
     def __init__(self, first, last):
         self.began, self.tick, self.first, self.last, self.tokens = time.time(), time.time(), first, last, 0

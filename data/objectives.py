@@ -150,7 +150,8 @@ class Classification(MaskFilling):
         return dict(x=window[:, :-1], y=domain[:, :1].clone())
 
     def schedule_step(self, step):
-        return self.cfg.max_steps  # curriculum and schedules are over: fine-tuning uses what they led to
+        """Fine-tuning uses what curriculum and schedules led to: they are over; a run from scratch has its own."""
+        return step if self.cfg.init_from == "scratch" else self.cfg.max_steps
 
     def part(self, batch):
         return batch["y"]

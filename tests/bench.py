@@ -373,7 +373,7 @@ def rank_steps(rank, world, quick, rounds, mesh=None, device="cpu", autocast=con
 def ranks_part(a, device, autocast):
     print("\nranks: a training step of a small MoE GPT, global batch 1024 tokens, 8 experts, k 2\n")
     if "WORLD_SIZE" in os.environ:  # started by torchrun: this many ranks
-        mesh = dist.lay_out(dist.init(device=str(device)), 8)
+        mesh = dist.spread_experts(dist.init(device=str(device)), 8)
         result = rank_steps(mesh.rank, mesh.world, a.quick, a.rounds, mesh, mesh.device, autocast)
         if mesh.main:
             print(

@@ -284,7 +284,13 @@ def test_a_checkpoint_from_another_config_names_the_fields(trained, tmp_path):
         train.main([f"--out_dir={trained}", "--init_from=resume", "--n_embd=32", "--gate=hash", "--n_layer=2"])
     message = str(error.value)
     assert "n_embd=32 (there: 16)" in message and "gate='hash' (there: 'dts')" in message
-    assert "n_layer" not in message and snapshot(trained) == before
+    assert "n_layer" not in message and "another --out_dir" in message and snapshot(trained) == before
+
+
+def test_weights_from_another_config_name_the_fields(corpora, tmp_path):
+    train.main(flags(corpora, tmp_path / "dense", "--n_experts=1"))
+    with pytest.raises(ValueError, match="n_embd=32 .there: 16.*choose another --init_from"):
+        train.main(flags(corpora, tmp_path / "new", f"--init_from={tmp_path / 'dense'}", "--n_embd=32"))
 
 
 def test_another_vocabulary(trained, corpora, tmp_path):

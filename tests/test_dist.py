@@ -514,16 +514,16 @@ def test_layout_errors_come_before_any_communication(monkeypatch, world, args, m
     with pytest.raises(ValueError) as error:  # from init if it can know it, else from the layout of the experts
         if not args:
             dist.init(nodes, device="cpu")
-        dist.lay_out(Mesh(0, world, 1, nodes or world), 8, **args)
+        dist.spread_experts(Mesh(0, world, 1, nodes or world), 8, **args)
     assert str(error.value).startswith(message)
 
 
 def test_init_without_torchrun(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    mesh = dist.lay_out(dist.init(device="cpu"), 8)
+    mesh = dist.spread_experts(dist.init(device="cpu"), 8)
     assert (mesh.world, mesh.ep, mesh.n_nodes, mesh.process_groups) == (1, 1, 1, {})
-    assert dist.layout(12, 8) == (4, 12) and dist.layout(4, 0) == (1, 4)  # the defaults; a dense model
+    assert dist.check_layout(12, 8) == (4, 12) and dist.check_layout(4, 0) == (1, 4)  # the defaults; a dense model
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is set but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE"):
         dist.init(device="cpu")

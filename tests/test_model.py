@@ -18,7 +18,7 @@ import runs
 import train
 from data.objectives import OBJECTIVES
 from experts import Experts, MoE, check_causality, feed_forward
-from model import GPT, RoBERTa, Translator
+from model import GPT, Attention, RoBERTa, Translator
 from ranks import run_ranks
 from router import Soft, gates, make_gate
 
@@ -322,6 +322,15 @@ def test_all_padding_is_not_nan(gate):
         assert opinionated(RoBERTa, gate)(src, live)[0].isfinite().all()
 
 
+def test_a_cache_takes_one_new_token_at_a_time():
+    attention, x = Attention(8, 2, False, 0.0), torch.randn(1, 3, 8)
+    cache = {}
+    attention(x, causal=True, cache=cache)
+    attention(x[:, :1], causal=True, cache=cache)
+    with pytest.raises(AssertionError, match="one new token"):
+        attention(x[:, :2], causal=True, cache=cache)
+
+
 def test_gates_that_look_ahead_are_refused():
     """Expert choice in a causal model; an encoder may have it."""
     never = [name for name in GATES if gates()[name].looks_ahead == "always"]
@@ -333,7 +342,7 @@ def test_gates_that_look_ahead_are_refused():
         for kind, objective in ((GPT, "gpt"), (Translator, "translation")):
             with pytest.raises(ValueError, match=f"gate={gate} .*later tokens.*insist"):
                 check(kind, objective, gate)
-            assert "in training" in check(kind, objective, gate, insist=True)
+            assert "at evaluation too" in check(kind, objective, gate, insist=True)
         assert check(RoBERTa, "roberta", gate) == ""
     assert "base" in (note := check(GPT, "gpt", "base")) and "evaluation does not" in note
     assert check(GPT, "gpt", "switch") == ""

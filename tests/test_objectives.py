@@ -73,14 +73,42 @@ def test_classify(letters, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "to beat: accuracy 0.5000" in shown and "left" in shown
     assert float(re.search(r"step +40 \| val loss \S+ +accuracy (\S+)", shown)[1]) > 0.9
+    assert dist.find(tuned)[1]["config"]["init_from"] == str(first)  # also after a resume
     train.main([f"--out_dir={tuned}", "--sample=xyzzy wxyz"])
     assert re.search(r"-> right [5-9]\d %", capsys.readouterr().out)
     train.main([*SMALL, "--objective=classify", text, f"--out_dir={tmp_path / 'scratch'}"])
     cfg = train.configure(
         train.parse(["--objective=classify", "--block_size=24", "--batch_size=4", text], train.Config)
     )
-    batch = train.open_objective(cfg).train_batch(0)
+    objective = train.open_objective(cfg)
+    assert objective.schedule_step(3) == 3  # from scratch the gate has its phases; fine-tuning begins after the last
+    objective.cfg.init_from = str(first)
+    assert objective.schedule_step(3) == cfg.max_steps
+    batch = objective.train_batch(0)
     assert batch.keys() == {"x", "y"} and batch["y"].shape == (4, 1)
+
+
+def test_a_classifier_learns_from_a_classifier(letters, tmp_path):
+    """A teacher brings its head; without one it has nothing to say."""
+    text, flags = f"--dataset={letters['text']}", [*SMALL, "--n_experts=1"]
+    train.main([*flags, "--objective=roberta", text, f"--out_dir={tmp_path / 'roberta'}"])
+    train.main([*flags, "--objective=classify", text, f"--out_dir={tmp_path / 'teacher'}"])
+    pupil = [*SMALL, "--objective=classify", text, f"--out_dir={tmp_path / 'pupil'}", "--distill=1", "--n_experts=1"]
+    with pytest.raises(ValueError, match="roberta has no classifier to learn from"):
+        train.set_up(train.parse([*pupil, f"--teacher={tmp_path / 'roberta'}"], train.Config))
+    run = train.set_up(train.parse([*pupil, f"--teacher={tmp_path / 'teacher'}", "--seed=9"], train.Config))
+    known = dist.find(tmp_path / "teacher")[1]["model"]
+    heads = [name for name in known if name.startswith("classifier.")]
+    assert heads and all(torch.equal(run.teacher.state_dict()[name], known[name]) for name in heads)
+
+
+def test_a_mixture_of_narrow_experts_is_fine_tuned_as_it_is(letters, tmp_path):
+    """The experts came from a wider FFN; nothing is spawned any more."""
+    text, first = f"--dataset={letters['text']}", tmp_path / "first"
+    narrow = "--n_experts=2 --spawn=importance --expert_hidden=32 --diversify=0.4".split()
+    train.main([*SMALL, "--objective=roberta", text, *narrow, f"--out_dir={first}"])
+    train.main(["--objective=classify", text, f"--init_from={first}", f"--out_dir={tmp_path / 'new'}", "--max_steps=2"])
+    assert dist.find(tmp_path / "new")[1]["config"]["expert_hidden"] == 32
 
 
 def test_classify_starts_from_a_roberta_only(letters, tmp_path):

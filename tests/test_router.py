@@ -560,7 +560,7 @@ def test_noisy_topk_load_is_the_chance_of_a_redraw(k, monkeypatch):
     batch.normal = lambda *shape: torch.from_numpy(held)
     r = gate(x, None, batch)
     load = want.sum(0)
-    assert r.aux["load"].item() == pytest.approx(load.var() / load.mean() ** 2, abs=2e-3)
+    assert r.aux["load_cv"].item() == pytest.approx(load.var() / load.mean() ** 2, abs=2e-3)
     assert r.G.shape == (6, E) and ((r.G > 0).sum(1) == k).all()
     monkeypatch.setattr(router, "cv_squared", lambda t: summed.append(t) or t.sum())
     for n in range(6):

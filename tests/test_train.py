@@ -45,6 +45,14 @@ def test_a_short_run_reaches_its_peak_half_way():
     assert train.learning_rate(0, config(warmup=200, learning_rate=1.0, max_steps=1)) == 1
 
 
+def test_the_seed_of_a_step():
+    """Gates on several ranks draw alike; dropout does not."""
+    four = [dist.Mesh(rank, 4) for rank in range(4)]
+    seeds = lambda **more: {train.step_seed(s, config(**more), mesh) for s in range(5) for mesh in four}
+    assert len(seeds()) == 5 and len(seeds(dropout=0.1)) == 20
+    assert train.step_seed(3, config(), four[2]) == train.step_seed(3, config(dropout=0.1), dist.Mesh())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -189,10 +197,22 @@ def test_a_corpus_may_move(trained, corpora, tmp_path):
     assert_same_run(out, trained)
 
 
-def test_a_copied_run_goes_on_where_it_lies(trained, tmp_path):
+def test_a_copied_run_goes_on_where_it_lies(trained, tmp_path, capsys):
     before, out = snapshot(trained), copy_of(trained, tmp_path, LAST)
     train.main([f"--out_dir={out}", "--init_from=resume", "--max_steps=7"])
     assert newest(out)["step"] == 7 and snapshot(trained) == before
+    assert "learning rate and phases now follow --max_steps=7" in capsys.readouterr().out
+    assert newest(out)["config"]["init_from"] == "scratch"  # what the whole run began with
+    train.main([f"--out_dir={out}", "--init_from=resume"])
+    assert "now follow" not in capsys.readouterr().out
+
+
+def test_the_active_parameters_are_those_of_the_last_phase(corpora, tmp_path, capsys):
+    said = set()
+    for argv in (["--gate=hash"], ["--gate=dts", "--diversify=0"], ["--gate=dts", "--diversify=0.5"]):
+        train.set_up(train.parse(flags(corpora, tmp_path / "out", *argv), train.Config))
+        said.add(re.search(r"([\d.]+ M) active", capsys.readouterr().out)[1])
+    assert len(said) == 1
 
 
 def test_a_spoiled_log_does_not_stop_a_resume(trained, tmp_path):
@@ -221,6 +241,13 @@ def test_many_processes_equal_one(objective, world, more, corpora, tmp_path):
     run(flags(corpora, tmp_path / "many", "--save_every=3", *more, objective=objective), tmp_path, world=world)
     train.main(flags(corpora, tmp_path / "one", "--save_every=3", *one, objective=objective))
     assert_close_run(tmp_path / "one", tmp_path / "many")
+
+
+def test_importance_of_sharded_data(corpora, tmp_path):
+    """Each node reads its own domain, also for the spawn."""
+    more = "--n_experts=2 --diversify=0.34 --spawn=importance --expert_hidden=32 --ranks_per_node=1 --shard_by_domain"
+    run(flags(corpora, tmp_path / "out", *more.split()), tmp_path, world=2)
+    assert newest(tmp_path / "out")["step"] == 6
 
 
 def test_capacity_and_groups(corpora, tmp_path):
