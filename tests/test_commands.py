@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import dist
+import experts
 import router
 import train
 from data import files, objectives
@@ -537,7 +538,7 @@ def test_no_documented_command_is_forgotten():
 
 def test_the_code_of_the_readme(corpora, tmp_path):
     """The gate, the objective and the corpus that it adds, as they stand there."""
-    gate, objective, corpus, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    _, gate, objective, corpus, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     there = dict(vars(router))
     exec(gate, there)
     r = there["Cosine"](8, 4, k=2)(torch.randn(10, 8), None)
@@ -557,6 +558,29 @@ def test_the_code_of_the_readme(corpora, tmp_path):
     assert (
         files.load_tokenizer(tmp_path / "out").decode(files.load_split(tmp_path / "out", meta, "val")[:8]) == "held out"
     )
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_mixture_of_the_readme(k):
+    """Its few lines are the real layer: output, balance loss and all gradients."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    there = dict(torch=torch, nn=torch.nn)
+    exec(code, there)
+    naive, gate = there["Mixture"](8, 16, 4, k).double(), router.TopK(8, 4, k).double()
+    real = experts.MoE(gate, experts.Experts(4, 8, 16).double())
+    gate.weight.data = naive.router.weight.data.clone()
+    real.experts.w1.data = torch.stack([e[0].weight.data for e in naive.experts])  # (E, H, D)
+    real.experts.w2.data = torch.stack([e[2].weight.data.t() for e in naive.experts])
+    x = torch.randn(50, 8, dtype=torch.float64)
+    y, balance = naive(x)
+    want, aux = real(x, torch.zeros(50, dtype=torch.long))
+    assert torch.allclose(y, want) and torch.allclose(balance, aux["balance"])
+    (y.square().sum() + balance).backward()
+    (want.square().sum() + aux["balance"]).backward()
+    assert torch.allclose(naive.router.weight.grad, gate.weight.grad)
+    for e, expert in enumerate(naive.experts):
+        assert torch.allclose(expert[0].weight.grad, real.experts.w1.grad[e])
+        assert torch.allclose(expert[2].weight.grad.t(), real.experts.w2.grad[e])
 
 
 def test_the_gpt2_of_the_readme(corpora, tmp_path):
