@@ -397,16 +397,19 @@ def load_weights(model, weights, mesh):
 # Distillation from the dense teacher
 
 
-def load_teacher(cfg, build, mesh):
+def load_teacher(cfg, build, mesh, vocabulary):
     """The dense model that a distilled one follows, from the run that the config names; build: train.build_model for a
-    number of experts."""
+    number of experts; vocabulary: the corpus's fingerprint. ValueError if the two cannot be compared."""
     cfg.teacher = cfg.teacher or cfg.init_from  # the config goes into the checkpoints: a resumed run finds it there
-    _, state = trained(cfg.teacher, mesh, "teacher")
+    fields, state = trained(cfg.teacher, mesh, "teacher")
     teacher = build(1).eval().requires_grad_(False)
     if not hasattr(teacher, "stack"):
         raise ValueError(f"--distill={cfg.distill} works for one stack of blocks, not for an encoder and a decoder")
     if getattr(teacher, "classifier", None) and not any(name.startswith("classifier.") for name in state["model"]):
         raise ValueError(f"{cfg.teacher} has no classifier to learn from: name a run of --objective=classify")
+    agree(vars(cfg), {n: v for n, v in fields.items() if n != "block_size"}, cfg.teacher, "--teacher")
+    if state.get("vocabulary") not in (None, vocabulary):
+        raise ValueError(f"--teacher={cfg.teacher} has another vocabulary than --dataset={cfg.dataset}")
     load_weights(teacher, state["model"], mesh)
     return teacher
 

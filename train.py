@@ -381,6 +381,8 @@ def resumed(given, mesh):
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
     given = {**given, "out_dir": out_dir}  # where it was found, not where it was written
     resumes = given.pop("init_from", "") == "resume"  # the config goes on telling what the whole run began with
+    if given.get("distill") == 0:
+        old["teacher"] = ""
     cfg = configure(given, old)
     if resumes and cfg.max_steps < state["step"]:
         raise ValueError(
@@ -422,7 +424,7 @@ def set_up(given):
     mesh.on_main(lambda: prepare_missing(cfg.dataset))
     run = mesh.on_all(lambda: assemble(cfg, state, mesh))
     if cfg.distill and not only_looks:
-        run.teacher = evomoe.load_teacher(cfg, run.build, mesh)
+        run.teacher = evomoe.load_teacher(cfg, run.build, mesh, run.objective.corpus.tok.fingerprint())
     return run
 
 

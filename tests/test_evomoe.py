@@ -470,3 +470,30 @@ def test_the_documented_distillation_runs(gate, corpus, tmp_path, monkeypatch):
     assert told[-1]["mse"] < 0.7 * told[0]["mse"] and told[0]["kl"] > 0
     resumed = train_on(corpus, tmp_path / "student", init_from="resume", **{**small, **student, "max_steps": 22})
     assert "mse" in [entry for entry in resumed if "loss" in entry][-1]
+
+
+def test_a_teacher_of_another_kind_is_refused(corpus, tmp_path):
+    """Another shape, head count, activation or vocabulary would give another function, or none."""
+    small = dict(objective="roberta", max_steps=2)
+    train_on(corpus, tmp_path / "teacher", n_experts=1, **small)
+    student = dict(distill=1.0, gate="hash", teacher=tmp_path / "teacher", n_experts=2, **small)
+    for more in (dict(n_embd=32), dict(n_head=4), dict(activation="gelu_tanh")):
+        with pytest.raises(ValueError, match=f"{next(iter(more))}=.*choose another --teacher"):
+            train_on(corpus, tmp_path / "student", **{**student, **more})
+    log = train_on(corpus, tmp_path / "student", **student)
+    assert "mse" in [e for e in log if "loss" in e][-1]
+    run = dist.find(tmp_path / "student")[1]
+    cfg = train.configure({}, run["config"])
+    with pytest.raises(ValueError, match="has another vocabulary than"):
+        evomoe.load_teacher(cfg, lambda n: types.SimpleNamespace(eval=lambda: Teacher()), dist.Mesh(), "another")
+    train.main([f"--out_dir={tmp_path / 'student'}", "--init_from=resume", "--distill=0", "--max_steps=3"])
+    assert "mse" not in [e for e in runs.log(tmp_path / "student") if "loss" in e][-1]  # goes on without the teacher
+
+
+class Teacher:
+    """As much of a model as it takes to be refused."""
+
+    stack = classifier = None
+
+    def requires_grad_(self, value):
+        return self
