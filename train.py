@@ -15,13 +15,14 @@ Train a mixture-of-experts Transformer: the manual.
 Flags are the fields of Config below, always --name=value (a bare --flag means true); --help lists them.
 
 Read from the top: Config; the loss; one training step; evaluation; the loop; how a run is set up. What differs between
-objectives is in data/objectives.py.
+objectives is in data/objectives.py, what a run tells in data/log.py, the spawn in evomoe.py.
 
     loss = task loss + sum of weights * auxiliary losses          the task loss is always reported alone
 
 Decisions:
-- Everything random is a function of (seed, step): data order, masks, dropout, routing noise. So a resumed run equals an
-  uninterrupted one without saving any generator, and the data order does not depend on the number of processes.
+- Everything random is a function of (seed, step), dropout also of the rank: data order, masks, routing noise. So a
+  resumed run equals an uninterrupted one without saving any generator, and the data order does not depend on the
+  number of processes.
 - batch_size is global. Each process takes its slice; a rank's loss is its share of the global one (its sum / the global
   number of targets), so gradients are only ever added up.
 - The log is out_dir/log.jsonl, one JSON object a line, beside what you see on the screen. Steps are counted in updates

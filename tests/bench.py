@@ -124,7 +124,7 @@ def forward_backward(layer, x, autocast):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The contestants: all compute sum_e G[n, e] E_e(x_n) with the same gate
+# The contestants: all compute sum_e G[n, e] FFN_e(x_n) with the same gate
 
 
 class Ours(nn.Module):

@@ -53,6 +53,11 @@ def training(log):
     return [e for e in log if "loss" in e]
 
 
+def last_quarter(log):
+    lines = training(log)
+    return lines[-max(1, len(lines) // 4) :]
+
+
 def steps(log):
     return training(log)[-1]["step"]
 
@@ -73,12 +78,12 @@ def rows(log):
 
 def at_the_end(name):
     """Mean of the last quarter of the lines."""
-    return lambda log: statistics.mean(e[name] for e in training(log)[-max(1, len(training(log)) // 4) :])
+    return lambda log: statistics.mean(e[name] for e in last_quarter(log))
 
 
 def between_nodes(log):
     """Share of the rows that leave their node, in the last quarter of the run."""
-    return statistics.mean(far_share(e) for e in training(log)[-max(1, len(training(log)) // 4) :])
+    return statistics.mean(far_share(e) for e in last_quarter(log))
 
 
 def far_share(entry):
@@ -89,7 +94,7 @@ def far_share(entry):
 def on_the_wire(log, bits_per_second=1e9):
     """Modelled: ms a step for the rows between two nodes, last quarter of the run. A layer makes four exchanges, and
     both nodes send at once."""
-    sent = statistics.mean(e.get("bytes_far", 0) for e in training(log)[-max(1, len(training(log)) // 4) :])
+    sent = statistics.mean(e.get("bytes_far", 0) for e in last_quarter(log))
     return 4 * sent / 2 / (bits_per_second / 8) * 1e3
 
 

@@ -1,7 +1,7 @@
 """
 experts.py, with every gate of router.py. A class added there is tested here without being named.
 
-    y_n = sum_e G[n, e] * E_e(x_n)
+    y_n = sum_e G[n, e] * FFN_e(x_n)
 
 is computed once as written, with a dense einsum and a brute-force queue at each expert, and compared with the layer:
 values, gradients, what is skipped, who is dropped, padding, ranks. float64 throughout, so that equal means 1e-10.
