@@ -326,6 +326,29 @@ def test_state_round_trip(name):
         assert all(torch.equal(a.aux[key], b.aux[key]) for key in a.aux)
 
 
+@pytest.mark.parametrize("name", GATES)
+def test_update_hears_every_micro_batch_and_no_evaluation(name):
+    """What a gate collects for `update` are sums over the micro-batches of a step, so their order does not matter; an
+    evaluation between them adds nothing."""
+    x, ids, domain = tokens()
+    halves = [slice(0, 20), slice(20, None)]
+
+    def state(*calls):
+        gate = new_gate(name)
+        for step in range(2):
+            gate.set_step(step)
+            for rows, training in calls:
+                seeded_route(gate.train(training), x[rows] if training else -x[rows], ids[rows], domain[rows])
+            gate.train().update()
+        return dict(gate.named_buffers())
+
+    first, second = [(rows, True) for rows in halves]
+    want = state(first, second)
+    for calls in [(second, first), (first, *[(slice(None), False)] * 9, second)]:
+        for key, t in state(*calls).items():
+            assert torch.allclose(t, want[key], atol=1e-12, equal_nan=True), (key, calls)
+
+
 HOMES = torch.arange(8) // 2 == torch.arange(4)[:, None]  # (4, 8): 8 experts on 4 nodes, two each
 
 
