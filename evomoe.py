@@ -251,8 +251,8 @@ def split(score, n_experts, width, share):
 # Starting from trained weights
 
 
-MODEL_FIELDS = ("objective n_layer n_head n_embd n_hidden block_size bias activation n_experts moe_every gate k "
-                "gate_args permute expert_hidden shared_hidden").split()  # fmt: skip
+DENSE_FIELDS = "objective n_layer n_head n_embd n_hidden block_size bias activation".split()
+MODEL_FIELDS = DENSE_FIELDS + "n_experts moe_every gate k gate_args permute expert_hidden shared_hidden".split()
 
 
 def agree(given, fields, where, flag, also=()):
@@ -286,8 +286,8 @@ def trained(where, mesh, flag="init_from"):
         path, state = dist.newest(where, mesh)
         if not is_dense(state):
             raise ValueError(f"{path} holds a mixture already: --{flag} takes a dense run (--n_experts=1)")
-        fields = "objective dataset n_layer n_head n_embd n_hidden block_size bias activation".split()
-        return {n: state["config"][n] for n in fields}, {n: state[n] for n in ("model", "vocabulary")}
+        fields = {n: state["config"][n] for n in ("dataset", *DENSE_FIELDS)}
+        return fields, {n: state[n] for n in ("model", "vocabulary")}
     if not os.path.isdir(where) and not where.startswith("gpt2"):
         known = ["scratch", "resume", "gpt2"] if flag == "init_from" else ["gpt2"]
         raise ValueError(f"--{flag}={where} is unknown{closest(where, known)}; choose from {', '.join(known)}, or the "
@@ -347,14 +347,15 @@ def to_gpt2(state):
     """The inverse, for a dense checkpoint (dist.find's state) of --objective=gpt: -> {GPT2Config setting: value},
     {name: tensor}, exact. Biases that our model does not have are zeros there. ValueError for any other checkpoint."""
     c, ours = state["config"], state["model"]
-    if not is_dense(state) or c["objective"] != "gpt":
-        raise ValueError(f"a GPT-2 is a dense run of --objective=gpt, this is one of {c['objective']} with "
-                         f"{c['n_experts']} experts")  # fmt: skip
+    activations = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+    if not is_dense(state) or c["objective"] != "gpt" or c["activation"] not in activations:
+        raise ValueError(f"a GPT-2 is a dense run of --objective=gpt with GELU, this is one of {c['objective']} with "
+                         f"{c['n_experts']} experts and {c['activation']}")  # fmt: skip
     V, D = ours["wte.weight"].shape
     H = ours["stack.blocks.0.ffn.w1"].shape[1]
     shape = dict(vocab_size=V, n_positions=len(ours["wpe.weight"]), n_embd=D, n_inner=H)
     how = dict(n_layer=c["n_layer"], n_head=c["n_head"], bos_token_id=None, eos_token_id=None,
-               activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c["activation"]])  # fmt: skip
+               activation_function=activations[c["activation"]])  # fmt: skip
 
     def get(name, zeros):
         return ours.get(name, torch.zeros(zeros))

@@ -390,10 +390,16 @@ def resumed(given, mesh):
             f"--max_steps={cfg.max_steps}: {path} is already at step {state['step']}; give at least that many"
         )
     if mesh.main:
-        other = cfg.max_steps != state["config"]["max_steps"]
-        note = f"; learning rate and phases now follow --max_steps={cfg.max_steps}" if other else ""
-        print(f"loaded {path} (step {state['step']}){note}", flush=True)
+        print(f"loaded {path} (step {state['step']}){changes(old, cfg) if resumes else ''}", flush=True)
     return cfg, state
+
+
+def changes(old, cfg):
+    """What a resumed run does otherwise than before, for the screen."""
+    differ = [f"--{n}={now} (before: {old[n]})" for n, now in vars(cfg).items()
+              if n != "out_dir" and old.get(n, now) != now]  # fmt: skip
+    follow = "; learning rate and phases follow the new length" if old["max_steps"] != cfg.max_steps else ""
+    return f"; from here on {', '.join(differ)}{follow}" if differ else ""
 
 
 def from_trained(given, mesh):

@@ -33,7 +33,7 @@ class Objective:
     in_bytes   report bits per byte of the original text, too?
     """
 
-    kind, causal, continues, in_bytes = "text", False, None, False
+    defaults, kind, causal, continues, in_bytes = {}, "text", False, None, False
 
     def __init__(self, corpus, cfg):
         self.corpus, self.cfg, self.n_domains = corpus, cfg, len(corpus.domains("train"))

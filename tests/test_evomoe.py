@@ -354,6 +354,8 @@ def test_to_gpt2_is_the_inverse(bias, activation):
     assert all(name.endswith(("bias", "b1", "b2")) and not t.any() for name, t in back.items())  # what we do not have
     with pytest.raises(ValueError, match="dense run of --objective=gpt"):
         evomoe.to_gpt2({"config": dataclasses.asdict(config()), "model": GPT(config(), V).state_dict()})
+    with pytest.raises(ValueError, match="with 1 experts and swiglu"):
+        evomoe.to_gpt2({"config": dataclasses.asdict(cfg) | {"activation": "swiglu"}, "model": ours.state_dict()})
     transformers = pytest.importorskip("transformers")
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
     theirs.load_state_dict(weights)

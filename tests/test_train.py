@@ -199,12 +199,14 @@ def test_a_corpus_may_move(trained, corpora, tmp_path):
 
 def test_a_copied_run_goes_on_where_it_lies(trained, tmp_path, capsys):
     before, out = snapshot(trained), copy_of(trained, tmp_path, LAST)
-    train.main([f"--out_dir={out}", "--init_from=resume", "--max_steps=7"])
+    train.main([f"--out_dir={out}", "--init_from=resume", "--max_steps=7", "--learning_rate=1e-3"])
     assert newest(out)["step"] == 7 and snapshot(trained) == before
-    assert "learning rate and phases now follow --max_steps=7" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "from here on --max_steps=7 (before: 6), --learning_rate=0.001 (before: " in said
+    assert "learning rate and phases follow the new length" in said
     assert newest(out)["config"]["init_from"] == "scratch"  # what the whole run began with
     train.main([f"--out_dir={out}", "--init_from=resume"])
-    assert "now follow" not in capsys.readouterr().out
+    assert "from here on" not in capsys.readouterr().out  # nothing new is said about what is as it was
 
 
 def test_the_active_parameters_are_those_of_the_last_phase(corpora, tmp_path, capsys):
