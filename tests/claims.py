@@ -216,12 +216,13 @@ def at_equal_time(methods):
 
 
 def budgets(dense_steps=600):
-    """From a trained dense model (sunk cost) and from scratch, with shares of its budget."""
+    """From a trained dense model (sunk cost; "dense on" stays dense) and from scratch, with shares of its budget."""
     table = {"dense": f"--n_experts=1 --max_steps={dense_steps}"}
     for percent in (10, 25, 50, 100, 200):
         n = f"--max_steps={dense_steps * percent // 100}"
         table |= {f"evomoe {percent} %": f"--gate=dts --init_from={{dense}} {n}",
                   f"copies {percent} %": f"--gate=switch --spawn=copy --init_from={{dense}} {n}",
+                  f"dense on {percent} %": f"--n_experts=1 --init_from={{dense}} {n}",
                   f"switch {percent} %": f"--gate=switch {n}", f"hash {percent} %": f"--gate=hash {n}"}  # fmt: skip
     return table
 
@@ -246,7 +247,8 @@ CLAIMS = {
         ("evomoe", "dts from the start")),
     "map": Claim(
         "one expert first pays where experts are many and each sees few tokens",
-        {f"{m} E {E}": f"{METHODS[m]} --n_experts={E}" for E in (8, 32) for m in ("switch", "evomoe")},
+        {f"{m} E {E}{f', {n} steps' * (n < 600)}": f"{METHODS[m]} --n_experts={E} --max_steps={n}"
+         for n in (600, 300) for E in (8, 32) for m in ("switch", "evomoe")},
         ("evomoe E 32", "switch E 32")),
     "howmany": Claim(
         "dense to sparse finds how many experts a token needs, better than its rivals do",

@@ -43,7 +43,7 @@ SOME = {  # contestants that are enough to see a claim work
     "evomoe": "dense|switch|evomoe|evomoe, dense's time",
     "evomoe_roberta": "switch|evomoe",
     "evomoe_translation": "switch|evomoe",
-    "crossover": "dense|copies 100 %|switch 100 %|evomoe 10 %",
+    "crossover": "dense|dense on 10 %|copies 100 %|switch 100 %|evomoe 10 %",
     "switch": "dense|E 2|E 32",
     "map": "switch E 32|evomoe E 32",
     "pays": "dense|switch|switch, dense's time",
