@@ -48,7 +48,7 @@ import dist
 from data.flags import closest
 from experts import Experts, MoE
 from model import make_optimizer
-from router import make_gate
+from router import Permuted, make_gate
 
 SPAWNS = ("mask", "noise", "copy", "importance")  # see offspring
 
@@ -70,6 +70,7 @@ def phases(cfg):
     """The table of this run: [(name, updates made before it, experts)], in order; phases without steps are left out."""
     S = spawn_step(cfg)
     gate = make_gate(cfg.gate, cfg.gate_args, cfg.k, D=cfg.n_embd, E=cfg.n_experts, V=1, steps=mixture_steps(cfg))
+    gate = Permuted(gate, mixture_steps(cfg), cfg.permute) if cfg.permute else gate
     table = [("diversify", 0, 1)] * (S > 0)
     return table + [(name, S + first, cfg.n_experts) for name, first in gate.phases()]
 

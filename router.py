@@ -862,9 +862,10 @@ class Hash(Gate):
 
         G[n, table[id_n]] = 1
 
-    kind="balanced": frequent tokens are dealt to the lightest expert (needs token counts); "random": uniform. Each
-    layer has its own table. k > 1 is MultiHash: the experts form k pools and hash j picks one from pool j, which is an
-    FFN cut into k segments, each chosen by its own hash (give the experts 1/k of the width).
+    kind="balanced": each id goes to the expert that is lightest so far, frequent ids first (counts: how often each
+    occurs; None: all alike); "random": uniform. Each layer has its own table. k > 1 is MultiHash: the experts form k
+    pools and hash j picks one from pool j, which is an FFN cut into k segments, each chosen by its own hash (give the
+    experts 1/k of the width).
 
     Reads: the token id. Balanced by: the table. Looks ahead: never.
     """
@@ -877,11 +878,10 @@ class Hash(Gate):
         rng = torch.Generator().manual_seed(seed * 1000 + layer)
         table = torch.empty(k, V, dtype=torch.long)
         for j in range(k):
-            if kind == "random" or counts is None:
+            if kind == "random":
                 table[j] = torch.randint(E // k, (V,), generator=rng)
-            else:  # layers and pools differ by a random relabelling of ties: shuffle before the stable sort
-                order = torch.randperm(V, generator=rng)
-                table[j, order] = balanced_table([float(counts[t]) for t in order.tolist()], E // k)
+            else:
+                table[j] = balanced_table([1.0] * V if counts is None else counts, E // k, rng)
             table[j] += j * (E // k)
         self.register_buffer("table", table)
 
@@ -948,9 +948,13 @@ class StableMoE(Gate):
         self.weight = nn.Parameter(orthogonal(E, D))
         self.words = nn.Parameter(torch.randn(V, dim))
         self.what = nn.Parameter(orthogonal(E, dim))
-        self.stage1_steps = stage1 * steps
+        self.stage1_steps = round(stage1 * steps)
         self.register_buffer("stage", torch.tensor(1))
         self.loss_weights = {"balance": balance, "distill": distill}
+
+    def phases(self):
+        stages = ("learn", 0), ("frozen", self.stage1_steps)
+        return [stages[0]] * (self.stage1_steps > 0) + [stages[1]]
 
     def set_step(self, step):
         self.stage.fill_(1 if step < self.stage1_steps else 2)
@@ -1304,7 +1308,7 @@ class Permuted(nn.Module):
     authors one P for all trees and no Gumbel noise. Rows of G keep their sums. log10 tau falls from -1.3 to -3,
     iterations grow from 20 to 150, rows are normalised last, the hard P is the best assignment of L
     (`best_permutation`). schedule="official" is the authors': log10 tau -3 to -7, columns last, the best assignment of
-    the soft P. It hardly beats chance where the order matters; tests/RESULTS.md compares the two, and says when neither
+    the soft P (but they do not restore the row sums of DSelect-k). It hardly beats chance where the order matters; tests/RESULTS.md compares the two, and says when neither
     helps.
 
     Reads, balanced by, looks ahead: as the gate inside.
@@ -1319,7 +1323,7 @@ class Permuted(nn.Module):
         self.window, self.official, self.zeta = max(1, round(search * steps)), schedule == "official", zeta
         self.logits = nn.Parameter((torch.rand(self.E, self.E) - 0.5) / 10)
         self.register_buffer("source", torch.arange(self.E))  # the hard P: expert e is fed by output source[e]
-        self.register_buffer("it", torch.tensor(0))
+        self.register_buffer("updates", torch.tensor(0))  # made so far
         self.register_buffer("tau", torch.tensor(1.0))
         self.register_buffer("iterations", torch.tensor(20))
         self.register_buffer("frozen", torch.tensor(False))
@@ -1339,13 +1343,14 @@ class Permuted(nn.Module):
         if not search and not self.frozen:
             self.harden()  # before tau moves: the authors harden the last soft P that was used
         self.frozen.fill_(not search)
-        self.it.fill_(step + 1)
+        self.updates.fill_(step)
         self.tau.fill_(10 ** (-3 - 4 * f if self.official else -1.3 - 1.7 * f))
         self.iterations.fill_(20 + int(130 * f))
         self.logits.requires_grad_(search)
         self.logits.grad = self.logits.grad if search else None
 
     def update(self):
+        self.updates += 1
         self.gate.update()
 
     def soft(self):
@@ -1359,12 +1364,12 @@ class Permuted(nn.Module):
     @torch.no_grad()
     def harden(self):
         """Make `source` the best permutation of the logits now (the identity before any training)."""
-        if self.it > 1 and not torch.equal(self.seen, self.logits):
+        if self.updates > 0 and not torch.equal(self.seen, self.logits):
             self.source.copy_(best_permutation(self.soft() if self.official else self.logits).argsort())
             self.seen.copy_(self.logits)
 
     def phases(self):
-        return self.gate.phases()
+        return sorted([*self.gate.phases(), ("permuted", self.window - 1)], key=lambda phase: phase[1])
 
     def report(self):
         return self.gate.report()
@@ -1393,16 +1398,22 @@ class Permuted(nn.Module):
 # Appendix: solvers
 
 
-def balanced_table(counts, E):
+def balanced_table(counts, E, rng=None):
     """Called by Hash. (V,) token counts -> (V,) expert numbers: tokens in order of falling count, each to the lightest
     expert so far (Hash Layers, arXiv:2106.04426, section 3.1). The heaviest expert exceeds 1/E of all tokens by at most
-    the most frequent token: a Zipf head cannot be split. Tokens with count 0 (held-out text may have them) take
-    turns."""
-    table, heap = [0] * len(counts), [(0, e) for e in range(E)]
-    for i, token in enumerate(sorted(range(len(counts)), key=lambda t: -counts[t])):
-        load, e = heapq.heappop(heap)
+    the most frequent token: a Zipf head cannot be split. Tokens with count 0 (held-out text may have them) take turns.
+
+    rng: a generator that moves tokens of about the same count (10 %) past each other and draws the experts' order.
+    Without it there is one table only: two layers would send the same tokens through life together."""
+    key = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1e-30).log()
+    if rng:
+        key += 0.1 * torch.randn(len(key), generator=rng, dtype=torch.float64)
+    counts, names = list(map(float, counts)), torch.randperm(E, generator=rng).tolist() if rng else range(E)
+    table, heap = [0] * len(counts), [(0.0, i, e) for i, e in enumerate(names)]
+    for i, token in enumerate(key.argsort(descending=True, stable=True).tolist()):
+        load, tie, e = heapq.heappop(heap)
         table[token] = e if counts[token] else i % E  # what weighs nothing would all go to the lightest
-        heapq.heappush(heap, (load + counts[token], e))
+        heapq.heappush(heap, (load + counts[token], tie, e))
     return torch.tensor(table)
 
 

@@ -84,6 +84,8 @@ def test_phases():
     assert at(60)[2] == pytest.approx(0.5)
     assert [name for name, _, _ in evomoe.phases(config(gate="switch", diversify=0.1))] == ["diversify", "mixture"]
     assert evomoe.show(config(gate="switch")) == ""
+    assert "permuted            4" in evomoe.show(config(gate="switch", permute=0.05, max_steps=100))
+    assert "frozen             10" in evomoe.show(config(gate="stablemoe", max_steps=100))
     assert "tighten            40        4" in evomoe.show(cfg)
 
 
@@ -181,6 +183,13 @@ def test_any_number_of_ranks_spawns_the_same_experts(world):
     assert flat(one).keys() == flat(many).keys()
     for name, t in flat(one).items():
         assert torch.equal(t, flat(many)[name]), name
+
+
+def test_each_layer_has_its_own_masks():
+    e0 = Experts(1, 8, 16)
+    e0.init(0, 0, 0.5, 0.5)
+    masks = [evomoe.offspring(e0, layer, e, config())["w1"].value != 0 for layer in (0, 1) for e in (0, 1)]
+    assert all(0.4 < m.float().mean() < 1 and not torch.equal(m, n) for i, m in enumerate(masks) for n in masks[:i])
 
 
 def test_masks_moments_and_what_must_not_change():
@@ -393,12 +402,14 @@ def test_flops_per_token_are_the_non_zeros(tau, reads):
 
 
 def test_importance_is_taken_per_sample():
+    """And without dropout, whatever mode the model is in."""
     torch.manual_seed(0)
-    net = nn.Sequential(Experts(1, 4, 8))
+    net = nn.Sequential(Experts(1, 4, 8), nn.Dropout(0.5))
     net[0].init(0, 0, 0.5, 0.5)
     x, target = torch.randn(6, 4), torch.randn(6, 4)
     sample = lambda i: (net(x[i]) - target[i]).square().sum()
-    (got,) = evomoe.importance(net, (sample(i) for i in range(6))).values()
+    (got,) = evomoe.importance(net.train(), (sample(i) for i in range(6))).values()
+    net.eval()
     expected = torch.zeros(8)
     for i in range(6):
         g1, g2 = torch.autograd.grad(sample(i), [net[0].w1, net[0].w2])

@@ -482,6 +482,20 @@ def test_switch_is_the_softmax_at_the_argmax():
     assert np.allclose(G, p * (p == p.max(1, keepdims=True)), atol=1e-12)
 
 
+def test_switch_starts_small_and_cut_off_at_two_deviations():
+    """Truncated at 2 sigma a normal variable has 0.880 of its standard deviation; a tenth of the usual variance."""
+    w, std = Switch(4096, 8).weight.detach(), (0.1 / 4096) ** 0.5
+    assert w.abs().max() <= 2 * std and w.std() == pytest.approx(0.8796 * std, rel=0.02)
+
+
+def test_z_loss_is_of_the_logits():
+    x = torch.randn(30, 6)
+    for gate in (TopK(6, 4), Switch(6, 4, jitter=0.0)):
+        gate.weight.data.normal_()
+        z = x @ gate.weight.T
+        assert torch.allclose(route(gate, x).aux["z"], z.exp().sum(1).log().square().mean(), rtol=1e-5)
+
+
 def test_switch_jitter():
     """Two experts, logits (x0 - x1, 0): G tells what the jittered x0 - x1 was. At x = (3, 1) and jitter 0.1 it lies in
     2 +- 0.4 if each number has a factor of its own, in 2 +- 0.2 if a token had only one."""
@@ -559,7 +573,7 @@ def test_noisy_topk_importance_by_hand():
     gate = identity(NoisyTopK, 3, k=2).eval()
     r = route(gate, doubles([[3, 1, 0.1], [1, 0.1, 3]]).log())
     assert np.allclose(r.G.tolist(), [[0.75, 0.25, 0], [0.25, 0, 0.75]])
-    assert r.aux["importance"].item() == pytest.approx(7 / 72 / (4 / 9)) and "load" not in r.aux
+    assert r.aux["importance"].item() == pytest.approx(7 / 72 / (4 / 9)) and "load_cv" not in r.aux
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -858,7 +872,22 @@ def test_constant_noise_makes_the_choice_a_sample_of_softmax_at_any_temperature(
     z = torch.tensor([1.0, 0.0, -1.0, 0.5])
     best = weights_of(dts(tau=tau, noise="constant"), z.expand(20000, -1)).argmax(1)
     assert (torch.bincount(best, minlength=E) / 20000 - z.softmax(0)).abs().max() < 0.015
-    assert weights_of(dts(tau=tau).eval(), z[None]).argmax() == 0  # noise is off at evaluation
+    quiet = dts(tau=tau, noise="constant", tight=0.0).eval()
+    for seed in range(5):  # noise is off at evaluation
+        y = (z / tau).softmax(0)
+        assert torch.allclose(weights_of(quiet, z[None], seed), y * ((y > 0.001) | (y == y.max())))
+
+
+def test_dts_weights_and_balance_by_hand():
+    """The weights are y, or with combine=softmax those at temperature 1; the mask and the balance loss are y's."""
+    x = torch.randn(50, E)
+    for combine, temperature in (("gumbel", 0.4), ("softmax", 1.0)):
+        r = dts(tau=0.4, s=0.0, combine=combine)(x, None)
+        y = (x / 0.4).softmax(1)
+        m = (y > 0.001) | (y == y.amax(1, keepdim=True))
+        assert 0 < (~m).sum() and torch.allclose(r.G, (x / temperature).softmax(1) * m)
+        f = m.float().mean(0) / m.float().mean(0).sum()
+        assert torch.allclose(r.aux["balance"], E * (f * y.mean(0)).sum())
 
 
 def test_reading_ids_the_gate_sees_nothing_else():
@@ -958,14 +987,13 @@ def test_dselectk_by_enumeration(E, k):
     r = gate(x, ids)
     s = smooth_step(x @ gate.weight.T + gate.bias, 1.0).view(7, k, -1)
     mix = (x @ gate.mix.T + gate.mix_bias).softmax(1)
-    want = torch.zeros(7, E)
+    code = torch.ones(7, k, E)
     for e in range(E):
-        for j in range(k):
-            term = mix[:, j]
-            for t in range(gate.bits):
-                term = term * (s[:, j, t] if e >> (gate.bits - 1 - t) & 1 else 1 - s[:, j, t])
-            want[:, e] += term
-    assert torch.allclose(r.G, want, atol=1e-6)
+        for t in range(gate.bits):
+            code[:, :, e] *= s[:, :, t] if e >> (gate.bits - 1 - t) & 1 else 1 - s[:, :, t]
+    assert torch.allclose(r.G, (mix[:, :, None] * code).sum(1), atol=1e-6)
+    entropies = -(code * (code + 1e-6).log()).sum(2)  # (7, k)
+    assert torch.allclose(r.aux["entropy"], entropies.sum(1).mean(), atol=1e-5)
     power = E & (E - 1) == 0
     assert torch.allclose(r.G.sum(1), torch.ones(7)) == power and bool((r.G.sum(1) < 1 + 1e-5).all())
     assert ("reciprocal" not in r.aux) if power else r.aux["reciprocal"] > k
@@ -1128,6 +1156,17 @@ def test_nothing_is_saturated_at_the_start(make, gamma):
 # Tables: the token's id decides
 
 
+@pytest.mark.parametrize("gamma", [0.1, 1.0])
+def test_trees_and_bits_start_undecided(gamma):
+    """The authors' ranges: U(+-gamma/100) for splits and bits, U(+-0.05) for what weighs the leaves and selectors."""
+    ranges = {}
+    for gate in (COMET(64, 16, 2, gamma=gamma), DSelectK(64, 16, 2, gamma=gamma)):
+        ranges |= {f"{type(gate).__name__}.{name}": p.abs().max().item() for name, p in gate.named_parameters()}
+    for name, top in ranges.items():
+        end = 0.05 if "leaf" in name or "mix" in name else gamma / 100
+        assert 0.4 * end < top <= end, name
+
+
 def zipf(V):
     return [int(10_000 / (t + 1)) for t in np.random.default_rng(0).permutation(V)]
 
@@ -1149,6 +1188,27 @@ def test_hash_depends_on_seed_and_layer_alone(kind):
         assert (table != other).float().mean() > 0.5
     if kind == "random":
         assert table[0].bincount(minlength=8).min() > 30  # 62.5 ids an expert
+
+
+@pytest.mark.parametrize("kind", ["balanced", "random"])
+def test_hash_tables_know_nothing_of_each_other(kind):
+    """Two tokens that meet in an expert of one layer meet in another layer, seed or pool no more often than by chance.
+    Counted by occurrences: the frequent ids, each with a count of its own, are what matters."""
+    V, E = 4096, 8
+    counts = [10**6 // (t + 10) ** 1.0 + 0.001 * t for t in range(V)]
+    mass = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    make = lambda layer=1, seed=2, k=1: Hash(8, E * k, V, k, kind, counts, layer, seed).table
+    first, pools = make()[0], make(k=2)
+    for mine, other in ((first, make(layer=3)[0]), (first, make(seed=3)[0]), (pools[0], pools[1] - E)):
+        both = torch.zeros(E, E, dtype=torch.float64).index_put_((mine, other), mass, accumulate=True)
+        again = both.square().sum() / both.sum(1).square().sum()  # P(together there | together here)
+        assert again < 1.5 / E, again
+        assert both.sum(0).max() < (1.01 if kind == "balanced" else 1.6) / E
+
+
+def test_hash_without_counts_deals_out_the_ids():
+    table = Hash(8, 4, 50).table[0]
+    assert sorted(table.bincount(minlength=4).tolist()) == [12, 12, 13, 13]
 
 
 @pytest.mark.parametrize("kind", ["balanced", "random"])
@@ -1252,6 +1312,15 @@ def test_stablemoe_stages():
     gate.eval()
     assert torch.equal(gate(x, ids).G.argmax(1), known)  # the distilled router evaluates, in stage 1 too
     assert float(gate(x, ids).aux["agreement"].detach()) == pytest.approx(float((content == known).float().mean()))
+
+
+def test_stablemoe_says_when_it_freezes():
+    gate = StableMoE(4, 2, 5, steps=100, stage1=0.55)  # 55.00000000000001
+    assert gate.phases() == [("learn", 0), ("frozen", 55)]
+    for step, stage in ((54, 1), (55, 2)):
+        gate.set_step(step)
+        assert gate.stage == stage and gate.words.requires_grad == (stage == 1)
+    assert StableMoE(4, 2, 5, steps=100, stage1=0).phases() == [("frozen", 0)]
 
 
 def test_stablemoe_balance_loss():
@@ -1983,6 +2052,46 @@ def test_evaluation_during_the_search():
             gate.logits.copy_(torch.randn(5, 5))
         to = best_permutation(gate.logits)
         assert torch.equal(gate(x, ids).G, plain @ torch.eye(5)[to])
+
+
+@pytest.mark.parametrize("schedule", ["corrected", "official"])
+def test_one_update_is_a_search(schedule):
+    """What the first step has learnt counts, in the evaluation after it and in a search that has no second step."""
+    for window, decided in ((10, False), (2, True)):
+        gate, (x, ids) = Permuted(TopK(D, 5, 2), steps=100, search=window / 100, schedule=schedule), data()
+        plain = gate.gate(x, ids).G
+        gate.set_step(0)
+        with torch.no_grad():
+            gate.logits.copy_(5 * torch.eye(5)[CYCLE])
+        gate.update()
+        if decided:
+            gate.set_step(1)
+            assert gate.frozen and gate.phases() == [("mixture", 0), ("permuted", 1)]
+        assert torch.equal(gate.eval()(x, ids).G, plain @ torch.eye(5)[CYCLE])
+
+
+def test_permutation_loss_by_hand():
+    """H(P) + H(P / row sums), sums over all entries."""
+    gate, (x, ids) = permuted(schedule="official"), data()
+    gate.set_step(0)
+    P = gate.soft().detach().double()
+    rows = P / P.sum(1, keepdim=True)
+    want = -(P * (P + 1e-6).log()).sum() - (rows * (rows + 1e-6).log()).sum()
+    assert (rows - P).abs().max() > 0.01 and gate(x, ids).aux["permutation"].item() == pytest.approx(want.item(), 1e-4)
+
+
+def test_the_authors_harden_the_soft_permutation():
+    """The best assignment of the last soft P, which is often not that of L."""
+    gate, different = permuted(schedule="official"), 0
+    for _ in range(30):
+        gate.set_step(8)
+        with torch.no_grad():
+            gate.logits.copy_(0.3 * torch.randn(5, 5))
+        want = best_permutation(gate.soft()).argsort()
+        different += not torch.equal(want, best_permutation(gate.logits).argsort())
+        gate.harden()
+        assert torch.equal(gate.source, want)
+    assert different > 3
 
 
 def test_permutation_is_left_alone_by_adamw_after_T():
