@@ -992,8 +992,8 @@ class BASE(Gate):
     Each routing group is dealt out by itself, as the authors do on each worker (`balanced_assignment`; their auction
     may hang if E does not divide N, and repeats tokens under ties). W, orthogonal with gain 0.1, learns only through
     the sigmoid. Their code mixes sigmoid * net(x) + (1 - sigmoid) * x, where net has its own residual: in a pre-LN
-    block, which adds x itself, that is sigmoid * FFN(x). "greedy_load" is logged: the fullest expert's load if
-    everybody took the argmax, as a multiple of the mean.
+    block, which adds x itself, that is sigmoid * FFN(x). Their experts' last matrix starts at zero, ours like any
+    other. "greedy_load" is logged: the fullest expert's load if everybody took the argmax, as a multiple of the mean.
 
     Reads: content. Balanced by: construction, in training. Looks ahead: in training, since who gets a seat depends on
     who else wants it, also later; hence the argmax at evaluation.
