@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dist import Mesh
-from router import Permuted, Place, make_gate
+from router import Permuted, Place, fair_slots, make_gate
 
 
 def every_expert(x, G, experts):
@@ -153,8 +153,9 @@ def drop_priority(order, G, place):
 
 
 def near_experts(mesh, E, nodes):
-    """(nodes, E) bool: the experts that a node's ranks reach without leaving the node. On one process that plays
-    several nodes, the experts are dealt out evenly."""
+    """(nodes, E) bool: the experts that a node's ranks reach without leaving the node, the same for all of them if
+    nodes consist of whole expert-parallel groups or the other way round. On one process that plays several nodes, the
+    experts are dealt out evenly."""
     e, node = torch.arange(E), torch.arange(nodes)[:, None]
     if mesh.world == 1:
         return e * nodes // E == node
@@ -182,8 +183,8 @@ def with_padding(t, index, n):
 class MoE(nn.Module):
     """A mixture-of-experts layer: a gate, E experts spread over the mesh, capacity.
 
-    capacity_factor  slots per expert = ceil(factor * k * N / E) in each routing group, in training; 0: no limit.
-                     Evaluation drops nothing
+    capacity_factor  slots per expert = ceil(factor * k * N / E) in each routing group, in training; 0: no limit. Of no
+                     effect on gates that return a capacity of their own. Evaluation drops nothing
     drop_order       "" (the gate's own), "arrival", "choice", "score" or "random"
     groups           routing groups of this process: groups = W on one process drops, balances and assigns exactly as W
                      ranks do, each of which is a routing group of its own
@@ -253,7 +254,7 @@ class MoE(nn.Module):
 
         def drop_group(G, priority, slots):
             if slots is None:
-                slots = math.ceil(min(factor * self.gate.k * len(G) / self.gate.E, len(G)))
+                slots = min(fair_slots(factor, self.gate.k * len(G), self.gate.E), len(G))
             elif torch.is_tensor(slots):
                 slots = slots[:1].sum(0)  # (E,), also for a group without rows
             return drop(G, slots, priority)
@@ -296,6 +297,11 @@ def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
                          **offered)  # fmt: skip
         if cfg.permute:
             gate = Permuted(gate, offered.get("steps", 1), cfg.permute)
+    if gate.loss_weights.get("locality") and mesh.ep % mesh.ranks_per_node and mesh.ranks_per_node % mesh.ep:
+        raise ValueError(
+            f"--gate={cfg.gate}: with --ep={mesh.ep} and {mesh.ranks_per_node} processes a node, what is near differs "
+            "within a node: choose an --ep that divides this number or is a multiple of it"
+        )
     mine = cfg.n_experts // mesh.ep  # experts on this rank
     experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or hidden, **alike, first=mesh.ep_rank * mine, sharded=True)
     experts.init(cfg.seed, layer, *std)
@@ -317,7 +323,9 @@ def check_causality(moes, causal, cfg):
                          "to do it all the same)")  # fmt: skip
     if moe.gate.looks_ahead == "always":
         return f"note: {what} looks at later tokens, at evaluation too: the held-out loss means nothing\n"
-    if moe.gate.looks_ahead != "never" or (cfg.capacity_factor and moe.drop_order != "arrival"):
+    gate = getattr(moe.gate, "gate", moe.gate)  # inside Permuted
+    drops = cfg.capacity_factor or getattr(gate, "capacity", None)
+    if gate.looks_ahead != "never" or (drops and moe.drop_order != "arrival"):
         return f"note: {what} looks at later tokens in training; evaluation does not\n"
     return ""
 
@@ -333,7 +341,8 @@ def log_stats(moes, mesh):
     load               of each expert of the first layer, before capacity, relative to the mean: 1 is the fair share.
                        Gates that drop by themselves (skip) have done so: their drops show in experts_per_token only
     load_min, _max     the lightest and heaviest expert of all layers
-    tokens_*, bytes_*  with several processes: rows that stayed on the rank, on the node, and that went far; one way
+    tokens_*, bytes_*  with several processes: rows that stayed on the rank, on the node, and that went far; one way,
+                       and only rows that kept a slot: a capacity that cuts off far ones looks like locality
     """
     if not moes:
         return {}

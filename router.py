@@ -262,6 +262,12 @@ def scatter(idx, w, E):
     return w.new_zeros(w.shape[0], E).scatter(1, idx, w)
 
 
+def fair_slots(factor, rows, E):
+    """Slots of an expert: factor times its fair share of the rows, rounded up, at most all. 1.1 * 100 / 10 is a hair
+    above 11 in floating point, and 11 are meant."""
+    return math.ceil(min(factor * rows / E, rows) - 1e-6)
+
+
 def balance_loss(p, chosen, place):
     """E * sum_e f_e P_e, the load balance loss of Switch (arXiv:2101.03961, eq. 4) and GShard.
 
@@ -296,7 +302,8 @@ class Soft(Gate):
 
         G = softmax(x W^T)
 
-    The bound on quality, and on cost, for all that follow. With E = 1 the weight is exactly 1: a dense model.
+    The bound on quality, and on cost, for all that follow. With E = 1 the weight is exactly 1: a dense model. (Not Soft
+    MoE, 2308.00951, whose experts read mixtures of tokens instead of tokens: no G can say that.)
 
     Reads: content. Balanced by: nothing, every expert sees all. Looks ahead: never.
     """
@@ -1057,7 +1064,8 @@ class LocMoE(Gate):
     multiplies the logits by sqrt(D/E), false is the paper. The paper wraps logits in a ReLU (relu; where all blocks are
     negative the argmax is a tie) and adds noise of an unnamed distribution (noise: std of a normal). It names neither
     the weight nor the smoothing of the locality loss. No official code is known to us; MindSpore's MoE renormalises the
-    top-1 weight to 1, we do not. delta > 0: the capacity is slots * locmoe_capacity(delta), in training.
+    top-1 weight to 1, we do not. delta > 0: the capacity is slots * locmoe_capacity(delta), in training, whatever
+    --capacity_factor says.
 
     Reads: content. Balanced by: `balance_loss` and `locality_loss`, 0.01 each, over the global batch: a balance loss
     per rank would fight locality. Looks ahead: never.
@@ -1134,7 +1142,7 @@ class LocMoEPlus(Gate):
 
     def slots(self, affinity, idx):
         """Slots per expert for one routing group: affinity, idx (n, k) of the chosen -> (n, E) long, equal rows."""
-        most = math.ceil(self.capacity_factor * idx.numel() / self.E)
+        most = fair_slots(self.capacity_factor, idx.numel(), self.E)
         a, expert = wide(affinity.flatten()), idx.flatten()
         expert = expert.to(a.device)
         order, _, _ = queue(expert, a, self.E)
@@ -1142,7 +1150,7 @@ class LocMoEPlus(Gate):
         before = (a[order].cumsum(0) - a[order]) - (total.cumsum(0) - total)[expert[order]]  # ahead of me in my queue
         goal = most * wide(self.least)
         need = a.new_zeros(self.E).scatter_add(0, expert[order], (before < goal).to(a.dtype))
-        need = torch.where(total < goal, most, need).clamp(math.ceil(self.floor * most), most)
+        need = torch.where(total < goal, most, need).clamp(fair_slots(self.floor, most, 1), most)
         return need.long().to(idx.device).expand(len(idx), self.E)
 
     def forward(self, x, ids):
@@ -1215,7 +1223,7 @@ class Skip(Gate):
         self.capacity_factor, self.loss_weights = capacity_factor, {"log_prob": score}
 
     def slots(self, n):
-        return math.ceil(self.capacity_factor * n / self.E)
+        return fair_slots(self.capacity_factor, n, self.E)
 
     def forward(self, x, ids):
         logp = linear(x, self.weight).log_softmax(1)
@@ -1253,7 +1261,7 @@ class GumbelMatching(Gate):
         self.capacity_factor, self.clip, self.loss_weights = capacity_factor, clip, {"log_prob": score}
 
     def slots(self, n):
-        return math.ceil(self.capacity_factor * n / self.E)
+        return fair_slots(self.capacity_factor, n, self.E)
 
     def sample(self, logp, noise):
         """One group: logp, noise (n, E) -> G (n, E)."""
@@ -1308,8 +1316,8 @@ class Permuted(nn.Module):
     authors one P for all trees and no Gumbel noise. Rows of G keep their sums. log10 tau falls from -1.3 to -3,
     iterations grow from 20 to 150, rows are normalised last, the hard P is the best assignment of L
     (`best_permutation`). schedule="official" is the authors': log10 tau -3 to -7, columns last, the best assignment of
-    the soft P (but they do not restore the row sums of DSelect-k). It hardly beats chance where the order matters; tests/RESULTS.md compares the two, and says when neither
-    helps.
+    the soft P (but they do not restore the row sums of DSelect-k). It hardly beats chance where the order matters;
+    tests/RESULTS.md compares the two, and says when neither helps.
 
     Reads, balanced by, looks ahead: as the gate inside.
     """

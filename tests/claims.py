@@ -93,7 +93,7 @@ def far_share(entry):
 
 def on_the_wire(log, bits_per_second=1e9):
     """Modelled: ms a step for the rows between two nodes, last quarter of the run. A layer makes four exchanges, and
-    both nodes send at once."""
+    both nodes send at once: the mean of the two directions, of which the busier one would decide."""
     sent = statistics.mean(e.get("bytes_far", 0) for e in last_quarter(log))
     return 4 * sent / 2 / (bits_per_second / 8) * 1e3
 

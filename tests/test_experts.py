@@ -20,10 +20,11 @@ from torch import nn
 
 import dist
 import router
-from experts import Experts, MoE, drop, drop_priority, grouped_mm
+from experts import Experts, MoE, drop, drop_priority, feed_forward, grouped_mm, log_stats, near_experts
 from layers import B, D, E, GATES, H, STEPS, T, assert_close, new_gate, seeded_route, tokens
 from ranks import run_ranks
 from router import Place, gates, make_gate
+from runs import config
 
 
 def new_layer(name, capacity=0.0, groups=1, nodes=1, mesh=None, order="", E=E, **more):
@@ -253,6 +254,63 @@ def test_capacity_is_rounded_up_and_counts_per_group():
     assert [int(part[:, 0].sum()) for part in kept.split(place.sizes)] == [3, 3, 2]  # ceil(1.25 * n / 4)
     layer.eval()
     assert torch.equal(layer.apply_capacity(router.Routing(G, {}), place), G)
+    slots = [
+        router.fair_slots(*case) for case in ((1.1, 100, 10), (1.1, 800, 8), (2.2, 50, 10), (1.25, 7, 4), (9, 6, 3))
+    ]
+    assert slots == [11, 110, 11, 3, 6]  # exact products stay, others go up, and nobody needs more than all
+
+
+def test_what_the_log_says_about_two_layers():
+    """Layer 1: all six tokens want expert 0, which has three slots; layer 2: two experts each, one of them shared."""
+    wants = [F.one_hot(torch.zeros(6, dtype=torch.long), 4).double(), torch.tensor([[1.0, 1, 0, 0], [1, 0, 1, 0]] * 3)]
+    layers = []
+    for G, factor in zip(wants, (2.0, 0.0)):
+        layer = MoE(make_gate("switch", D=D, E=4), Experts(4, D, H).double(), capacity_factor=factor)
+        layer.gate.forward = lambda x, ids, G=G.double(): router.Routing(G, {})
+        layer.experts.init(0, 0, 0.1, 0.1)
+        layer(torch.randn(6, D, dtype=torch.float64), torch.zeros(6, dtype=torch.long))
+        layers.append(layer)
+    seen = log_stats(layers, dist.Mesh())
+    assert seen["experts_per_token"] == (3 + 12) / 12 and seen["dropped"] == pytest.approx(3 / 18)
+    assert seen["load"] == [4, 0, 0, 0] and (seen["load_min"], seen["load_max"]) == (0, 4)
+
+
+def traffic_of_two_layers(rank, world):
+    """Rank r of two sends r + 1 rows to the other's expert and one to its own, in each of two layers."""
+    mesh = dist.make_mesh(rank, world, 2, ranks_per_node=1)
+    layers = []
+    for layer in range(2):
+        moe = MoE(make_gate("switch", D=D, E=2), Experts(1, D, H, first=rank, sharded=True), mesh)
+        moe.experts.init(0, layer, 0.1, 0.1)
+        to = torch.tensor([rank] + [1 - rank] * (rank + 1))
+        moe.gate.forward = lambda x, ids, to=to: router.Routing(F.one_hot(to, 2).float(), {})
+        moe(torch.randn(len(to), D), torch.zeros(len(to), dtype=torch.long))
+        layers.append(moe)
+    return log_stats(layers, mesh)
+
+
+def test_traffic_is_that_of_all_layers_and_ranks():
+    for seen in run_ranks(2, traffic_of_two_layers):
+        assert (seen["tokens_far"], seen["tokens_rank"], seen["tokens_node"]) == (2 * (1 + 2), 2 * 2, 0)
+        assert seen["bytes_far"] == seen["tokens_far"] * D * 4
+
+
+@pytest.mark.parametrize("world, ep, per_node", [(4, 4, 2), (8, 4, 2), (8, 2, 4), (8, 8, 2), (8, 1, 4), (12, 6, 3)])
+def test_near_is_what_a_rank_reaches_on_its_node(world, ep, per_node):
+    n = 24
+    near = near_experts(dist.Mesh(0, world, ep, per_node), n, world // per_node)
+    for rank in range(world):
+        group = range(rank // ep * ep, rank // ep * ep + ep)  # of expert parallelism
+        home = [group[e * ep // n] for e in range(n)]
+        assert near[rank // per_node].tolist() == [r // per_node == rank // per_node for r in home]
+
+
+def test_locality_needs_nodes_of_whole_groups():
+    """Six processes, three a node, pairs that share experts: the second pair has a leg on each node."""
+    build = lambda gate: feed_forward(config(gate, n_experts=8), 1, True, mesh=dist.Mesh(0, 6, 2, 3), V=10)
+    with pytest.raises(ValueError, match="--gate=locmoe: with --ep=2 and 3 processes a node"):
+        build("locmoe")
+    build("switch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -347,6 +347,8 @@ def test_gates_that_look_ahead_are_refused():
     assert "base" in (note := check(GPT, "gpt", "base")) and "evaluation does not" in note
     assert check(GPT, "gpt", "switch") == ""
     assert "score" in check(GPT, "gpt", "topk", capacity_factor=1.0, drop_order="score")
+    own = dict(gate_args="delta=0.2", drop_order="score")  # a capacity of the gate's own
+    assert "score" in check(GPT, "gpt", "locmoe", **own) and "score" in check(GPT, "gpt", "locmoe", permute=0.1, **own)
 
 
 def test_block_size_is_checked():

@@ -1491,6 +1491,12 @@ def test_paper_temperature_is_flat_and_unit_variance_is_not():
     assert paper == pytest.approx(0.149, abs=0.003) and ours > 0.3
 
 
+def test_locmoe_is_quiet_at_evaluation():
+    gate, x = LocMoE(8, 4, noise=1.0), torch.randn(30, 8)
+    assert torch.equal(route(gate.eval(), x).G, route(LocMoE(8, 4).eval(), x).G)
+    assert not torch.equal(route(gate.train(), x).G, route(LocMoE(8, 4), x).G)
+
+
 def test_locality_loss_by_hand():
     eps, node = 0.1, torch.arange(4).repeat_interleave(3)
     b = Place(12, node=node, near=HOMES)

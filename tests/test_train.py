@@ -3,6 +3,7 @@ train.py: the learning rate, the loop with every gate, numbers that are not fini
 many processes. (Its flags, messages and signals: test_commands.py.)
 """
 
+import copy
 import itertools
 import os
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 
 import dist
 import train
@@ -51,6 +53,73 @@ def test_the_seed_of_a_step():
     seeds = lambda **more: {train.step_seed(s, config(**more), mesh) for s in range(5) for mesh in four}
     assert len(seeds()) == 5 and len(seeds(dropout=0.1)) == 20
     assert train.step_seed(3, config(), four[2]) == train.step_seed(3, config(dropout=0.1), dist.Mesh())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step and one evaluation, by hand
+
+
+def set_up(corpora, out, *more, objective="gpt"):
+    return train.set_up(train.parse(flags(corpora, out, "--n_experts=4", *more, objective=objective), train.Config))
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("gate, args", [("switch", "balance=5"), ("skip", "score=3"), ("deepseekv3", "balance=3"),
+                                        ("locmoeplus", "")])  # fmt: skip
+def test_one_step_by_hand(corpora, tmp_path, gate, args, objective, accum):
+    """The loss is the mean over the batch's targets, plus weights times auxiliary losses and the term of a sampled
+    choice, means over the micro-batches; its gradient is clipped; then optimizer and gates are told, once."""
+    more = [f"--gate={gate}", f"--gate_args={args}", f"--grad_accum={accum}", "--grad_clip=0.05"]
+    if gate == "switch":
+        more.append("--capacity_factor=0.7")
+    run = set_up(corpora, tmp_path, *more, objective=objective)
+    model, batch, smoothing = run.model.train(), run.objective.train_batch(0), run.cfg.label_smoothing
+    twin, size, n_targets = copy.deepcopy(model), len(batch["y"]) // accum, int((batch["y"] >= 0).sum())
+    weights, loss, task = twin.gates()[0].loss_weights, 0.0, 0.0
+    torch.manual_seed(5)
+    for i in range(accum):
+        part = {name: t[i * size : (i + 1) * size] for name, t in batch.items()}
+        y = part.pop("y")
+        logits, aux = twin(**part, pick=y >= 0)
+        nll = F.cross_entropy(logits, y[y >= 0], reduction="none")
+        task += nll.sum().item() / n_targets
+        loss = loss + F.cross_entropy(logits, y[y >= 0], reduction="sum", label_smoothing=smoothing) / n_targets
+        if gate == "skip":  # the advantage: a sequence's mean loss, less that of the others
+            mean = torch.stack([nll[(y >= 0).nonzero()[:, 0] == b].mean() for b in range(size)]).detach()
+            others = (mean.sum() - mean) / (size - 1)
+            loss = loss + weights["log_prob"] * ((mean - others) * aux.pop("log_prob")).mean() / accum
+        loss = loss + sum(weights.get(name, 0) * value for name, value in aux.items()) / accum
+    loss.backward()
+    want = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in twin.named_parameters()}
+    norm = torch.stack([g.norm() for g in want.values()]).norm()
+    seen, told = {}, []
+    run.optimizer.step = lambda: seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+    for moe_gate in model.gates():
+        moe_gate.update = lambda: told.append(1)
+    torch.manual_seed(5)
+    got_task, _, got_norm = train.train_step(run, model, batch)
+    assert got_task.item() == pytest.approx(task, rel=1e-5) and got_norm.item() == pytest.approx(norm.item(), rel=1e-4)
+    assert norm > 0.1 and len(told) == len(model.gates()) and seen.keys() == want.keys()
+    for name, g in seen.items():
+        assert torch.allclose(g, want[name] * (0.05 / norm), rtol=1e-3, atol=1e-7), name
+
+
+@pytest.mark.parametrize("gate", ["switch", "skip", "locmoeplus", "deepseekv3", "remoe"])
+def test_evaluation_by_hand(corpora, tmp_path, gate):
+    """Without dropout, noise, capacity; nothing that the gates hold is touched."""
+    run = set_up(corpora, tmp_path, f"--gate={gate}", "--dropout=0.5", "--capacity_factor=0.3")
+    before = {name: t.clone() for name, t in run.model.named_buffers()}
+    got = train.evaluate(run, "val")
+    assert run.model.training and all(torch.equal(t, before[name]) for name, t in run.model.named_buffers())
+    run.model.eval()
+    nll = []
+    with torch.no_grad():
+        for batch in run.objective.held_out("val"):
+            logits, _ = run.model(batch["x"], batch["domain"])
+            nll.append(F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten(), ignore_index=-1, reduction="none"))
+    nll = torch.cat(nll)
+    assert got["loss"] == pytest.approx((nll.sum() / (nll != 0).sum()).item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
