@@ -392,13 +392,14 @@ def stepping_out(rank, world, tie):
     back = back if tie else back._replace(link=torch.zeros(()))
     y = mesh.to_tokens(y, back)
     (y.sum() if y.requires_grad else x.sum()).backward()
-    assert rank == 0 or torch.equal(x.grad, torch.full_like(x, 2.0))
+    assert rank == 0 or not tie or torch.equal(x.grad, torch.full_like(x, 2.0))
     return w.grad
 
 
 def test_every_rank_takes_part_in_backward():
     assert run_ranks(2, stepping_out, True, timeout=20)[0] == 2 * 3 * D
-    with pytest.raises(Exception):  # without the tie it hangs: the test can fail
+    hangs = pytest.raises((TimeoutError, ProcessRaisedException), match="(?i)timed? ?out|no end after|closed by peer")
+    with hangs:  # without the tie: rank 0 waits for a rank that has left
         run_ranks(2, stepping_out, False, timeout=2)
 
 
