@@ -75,7 +75,7 @@ class Config:
     k: int = flag(0, "experts per token, for gates that take it; 0: the gate's own default", 0)
     gate_args: str = flag("", 'the gate\'s own knobs, like "balance=0.02,jitter=0"; its class in router.py says which')
     permute: float = flag(0.0, "share of the mixture's steps that learn a permutation (COMET+); 0: none", 0, 0.99)
-    capacity_factor: float = flag(0.0, "slots of an expert = this * its fair share, in training; 0: all, or its own", 0)
+    capacity_factor: float = flag(0.0, "slots of an expert = this * its fair share, in training; 0: no limit", 0)
     drop_order: str = flag("", 'who keeps a slot: arrival, choice, score, random; "": the gate\'s', one_of=ORDERS)
     groups: int = flag(1, "routing groups per process; groups=W on one process routes as W processes do", 1)
     expert_hidden: int = flag(0, "hidden width of an expert; 0: an FFN's; less is a finer mixture", 0, 2**18)
