@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: 
 pytest.register_assert_rewrite("layers", "runs")  # their asserts, too, say what was compared
 import train
 from data.files import write_pairs, write_text
+from data.objectives import OBJECTIVES
 from runs import BYTES, flags, write_corpora
 
 torch.set_num_threads(1)
@@ -38,7 +39,8 @@ def corpora(tmp_path_factory):
     """{objective: folder}: two domains of text, and sentence pairs, in bytes."""
     folder = tmp_path_factory.mktemp("data")
     write_corpora(folder)
-    return dict.fromkeys(("gpt", "roberta", "classify"), folder / "text") | {"translation": folder / "pairs"}
+    kinds = {name: "pairs" if one.kind == "translation" else "text" for name, one in OBJECTIVES.items()}
+    return {name: folder / kind for name, kind in kinds.items()}
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 from ranks import free_port
 import dist
 import train
+from data import objectives
 from data.bpe import Tokenizer
 from data.files import write_pairs, write_text
 
@@ -33,7 +34,7 @@ ROOT = Path(train.__file__).parent
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_steps=6 --warmup=2 --eval_every=0 "
         "--eval_batches=2 --log_every=1 --save_every=0 --sample_tokens=5 --bleu_sentences=2 --beams=2 "
         "--device=cpu").split()  # fmt: skip
-OBJECTIVES = ["gpt", "roberta", "translation"]
+OBJECTIVES = [name for name, objective in objectives.OBJECTIVES.items() if not objective.continues]
 BYTES = Tokenizer("bytes", [bytes([i]) for i in range(256)])
 LAST, FIRST = "ckpt_000006.pt", "ckpt_000003.pt"  # checkpoints of the fixture `trained`
 
