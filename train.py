@@ -333,12 +333,12 @@ def loop(run, log, clock):
 
 
 def say_what_to_expect(run):
-    """The phases and what to beat; data that cannot be used show now, before anything is written."""
+    """The phases and what to beat; data or an objective that cannot be used show now, before anything is written."""
     val = run.objective.corpus.held_out()[0]
     if table := evomoe.show(run.cfg):
         run.say(table)
     run.objective.train_batch(run.first, run.mesh.n_nodes)
-    run.objective.rows(val)
+    evaluate(run, val, 1)  # a mistake of an objective should not show after the last step
     run.say(run.objective.to_beat(val))
     if run.first == run.cfg.max_steps:
         run.say(f"nothing is left to train at step {run.first}: --max_steps=MORE goes on")

@@ -11,6 +11,7 @@ import torch
 
 import dist
 import train
+from data.objectives import OBJECTIVES
 from data.samples import score_translations, translate
 from ranks import run_ranks
 from runs import config
@@ -100,6 +101,14 @@ def test_a_classifier_learns_from_a_classifier(letters, tmp_path):
     known = dist.find(tmp_path / "teacher")[1]["model"]
     heads = [name for name in known if name.startswith("classifier.")]
     assert heads and all(torch.equal(run.teacher.state_dict()[name], known[name]) for name in heads)
+
+
+def test_a_mistake_of_an_objective_shows_before_the_first_step(letters, tmp_path, monkeypatch):
+    """Also one in what only the evaluation asks for; after the last step it would cost the run."""
+    monkeypatch.setattr(OBJECTIVES["gpt"], "more_metrics", lambda self, split, loss: {"loss": 1 // 0})
+    with pytest.raises(ZeroDivisionError):
+        train.main([*SMALL, "--objective=gpt", f"--dataset={letters['text']}", f"--out_dir={tmp_path / 'out'}"])
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_mixture_of_narrow_experts_is_fine_tuned_as_it_is(letters, tmp_path):
