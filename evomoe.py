@@ -271,8 +271,8 @@ def whole(where, objective, mesh):
     path, state = dist.newest(where, mesh)
     config = state["config"]
     if config["objective"] != objective:
-        raise ValueError(f"--init_from={where}: {path} is a model for {config['objective']}, fine-tuning needs "
-                         f"--objective={objective}")  # fmt: skip
+        raise ValueError(f"--init_from={where}: {path} is a model for {config['objective']}; fine-tuning needs a run "
+                         f"of --objective={objective}")  # fmt: skip
     names = {*MODEL_FIELDS, "capacity_factor", "drop_order", "seed"} - {"objective"}
     fields = {name: value for name, value in config.items() if name in names}
     fields["n_experts"] = 1 if is_dense(state) else fields["n_experts"]

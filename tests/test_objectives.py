@@ -130,7 +130,7 @@ def test_classify_starts_from_a_roberta_only(letters, tmp_path):
             "--bleu_sentences=1",
         ]
     )
-    with pytest.raises(ValueError, match="model for translation, fine-tuning needs --objective=roberta"):
+    with pytest.raises(ValueError, match="model for translation; fine-tuning needs a run of --objective=roberta"):
         train.main(
             [
                 "--objective=classify",
