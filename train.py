@@ -246,7 +246,7 @@ def evaluate(run, split, eval_batches=0):
     loss, correct, n = total.sum(0).tolist()
     result = {"loss": loss / n, "accuracy": correct / n} | objective.more_metrics(split, loss / n)
     if len(parts) > 1:
-        result |= {f"loss_{name}": (part / max(c, 1)) for name, (part, _, c) in zip(parts, total.tolist())}
+        result |= {f"loss_{name}": part / c for name, (part, _, c) in zip(parts, total.tolist()) if c}
     return result
 
 

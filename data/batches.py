@@ -38,6 +38,16 @@ class Corpus:
         """[(name, start, end), ...]: token ranges of the labelled domains."""
         return [(name, d[0], d[1]) for name, d in self.meta["splits"][split]["domains"].items()]
 
+    @functools.cache
+    def names(self):
+        """Names of all domains, those of the training text first: a domain's place here is its number everywhere."""
+        splits = ["train", *(split for split in self.splits if split != "train")]
+        return list(dict.fromkeys(name for split in splits for name, _, _ in self.domains(split)))
+
+    def too_short(self, split, T):
+        """Names of the domains that have no window of T + 1 tokens: nothing is ever read of them."""
+        return [name for name, start, end in self.domains(split) if end - start <= T]
+
     def held_out(self):
         """Names of the held-out splits there are: what is watched in training comes first, what is for the end last."""
         return [split for split in ("val", "test") if split in self.splits]
@@ -52,10 +62,18 @@ class Corpus:
             raise ValueError(f"{self.folder}: every pair of the {split} split is longer than block_size={T} tokens")
         return fit
 
-    def bytes_per_token(self, split):
-        """Original UTF-8 bytes per target token: what turns nats per token into bits per byte."""
-        s = self.meta["splits"][split]
-        return s["bytes"] / s["tokens"] if "bytes" in s else s["tgt_bytes"] / s["tgt_tokens"]
+    @functools.cache
+    def bytes_per_token(self, split, T):
+        """Original UTF-8 bytes per target token: what turns nats per token into bits per byte. Of sentence pairs only
+        those that are not left out count."""
+        s, p = self.meta["splits"][split], self.splits[split]
+        if self.meta["kind"] == "text":
+            return s["bytes"] / s["tokens"]
+        fit = self.pairs(split, T)
+        if len(fit) == s["pairs"]:
+            return s["tgt_bytes"] / s["tgt_tokens"]
+        sentences = [p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1]].tolist() for i in fit]
+        return sum(len(self.tok.decode(ids[:-1]).encode()) for ids in sentences) / sum(map(len, sentences))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,15 +84,18 @@ def windows(corpus, split, starts, T):
     """Windows of T + 1 tokens: starts (B,) -> tokens (B, T + 1) and the number of their domain (B, T)."""
     tokens = corpus.splits[split]
     ends = np.array([end for _, _, end in corpus.domains(split)])
+    number = np.array([corpus.names().index(name) for name, _, _ in corpus.domains(split)])
     window = torch.from_numpy(np.stack([tokens[s : s + T + 1] for s in starts]).astype(np.int64))
-    domain = torch.from_numpy(np.searchsorted(ends, starts, side="right"))
+    domain = torch.from_numpy(number[np.searchsorted(ends, starts, side="right")])
     return window, domain[:, None].expand(-1, T)
 
 
 def random_starts(corpus, cfg, rng, n_nodes):
     """(batch_size,) window starts, uniform over all windows that stay inside one domain. With shard_by_domain the rows
-    of node v come from domain v % domains only; a node's rows are a run of each micro-batch (see micro_batches)."""
+    of node v come from domain v % domains only, or from domains v, v + nodes, ... if there are more domains than nodes;
+    a node's rows are a run of each micro-batch (see micro_batches)."""
     T, B, domains = cfg.block_size, cfg.batch_size, corpus.domains("train")
+    first = np.array([start for _, start, _ in domains])
     room = np.array([max(end - start - T, 0) for _, start, end in domains])  # windows per domain
     if not room.sum():
         raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {T} tokens: lower "
@@ -86,8 +107,13 @@ def random_starts(corpus, cfg, rng, n_nodes):
                              f"{n_nodes}; --ranks_per_node plays some) and domains longer than {T} tokens; to go on "
                              "without: --shard_by_domain=false")  # fmt: skip
         micro = B // cfg.grad_accum
-        which = np.arange(B) % micro * n_nodes // micro % len(domains)
-    return np.array([domains[d][1] + int(u * room[d]) for d, u in zip(which, rng.random(B))])
+        node = np.arange(B) % micro * n_nodes // micro
+        own = np.arange(len(domains)) % n_nodes == node[:, None] % len(domains)  # (B, domains)
+        ends = (own * room).cumsum(1)  # a node's windows, one domain after the other
+        at = (rng.random(B) * ends[:, -1]).astype(int)
+        which = (at[:, None] >= ends).sum(1)
+        return first[which] + at - (ends - own * room)[np.arange(B), which]
+    return first[which] + (rng.random(B) * room[which]).astype(int)
 
 
 def eval_starts(corpus, split, T, most=0):

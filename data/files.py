@@ -13,6 +13,7 @@ What goes wrong raises an OSError or ValueError whose message is one line: the f
 
 import base64
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -42,10 +43,10 @@ def staging(folder):
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
         raise OSError(f"cannot write to {folder} ({e.strerror}): name another folder with --out_dir=FOLDER") from None
-    for name in os.listdir(folder):  # what a killed prepare left behind; a younger one may be at work
-        left = os.path.join(folder, name)
-        if name.startswith(".partial-") and time.time() - os.path.getmtime(left) > 600:
-            shutil.rmtree(left, ignore_errors=True)
+    for left in glob.glob(os.path.join(glob.escape(folder), ".partial-*")):  # of a killed prepare, or of one at work
+        with contextlib.suppress(OSError):  # it has just ended
+            if time.time() - max(map(os.path.getmtime, [left, *glob.glob(os.path.join(left, "*"))])) > 600:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as tmp:
         yield tmp
         meta = os.path.join(folder, "meta.json")
@@ -167,14 +168,13 @@ def prepare_missing(dataset):
     folder, script = corpus_folder(dataset), os.path.join(HERE, dataset.split("/")[0], "prepare.py")
     free = dataset in ("stdlib", "stdlib/packages", "grammar")
     if free and folder.startswith(HERE) and not os.path.exists(os.path.join(folder, "meta.json")):
-        flags, parent = [], os.path.dirname(script)
-        if os.path.exists(os.path.join(parent, "meta.json")):  # packages/ alone is missing: keep stdlib's tokenizer
-            meta = load_meta(parent)
-            flags.append(f"--tokenizer={meta['tokenizer']}")
-            if meta["tokenizer"] == "bpe":
-                flags.append(f"--vocab_size={meta['vocab_size']}")
+        if os.path.exists(os.path.join(os.path.dirname(script), "meta.json")):
+            raise ValueError(
+                f"--dataset={dataset}: data/stdlib was prepared with too few files (--limit) to have it; checkpoints "
+                "may depend on that corpus, so prepare it anew yourself: python data/stdlib/prepare.py"
+            )
         print(f"preparing data/{dataset} (a few seconds, once)", flush=True)
-        if subprocess.run([sys.executable, script, *flags]).returncode:
+        if subprocess.run([sys.executable, script]).returncode:
             raise ValueError(f"{script} failed: see above")
 
 

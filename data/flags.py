@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import math
 
-WORDS = {"": True, "true": True, "1": True, "false": False, "0": False}  # a bare --flag means true
+WORDS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def flag(default, text="", least=None, most=None, one_of=None, heading=None):
@@ -43,6 +43,7 @@ def parse(argv, Config):
         kind = fields[name].type
         if not equals and kind is not bool:
             raise ValueError(f"--{name} needs a value: --{name}=VALUE ({kind.__name__})")
+        text = text if equals else "true"  # a bare --flag
         try:
             given[name] = WORDS[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):

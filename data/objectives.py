@@ -64,19 +64,26 @@ class Objective:
             yield batch
 
     def parts(self, split):
-        """Names of the parts of a split whose losses are reported one by one, and which of them a target is in."""
-        return [name for name, _, _ in self.corpus.domains(split)]
+        """Names of the parts whose losses are reported one by one, if the split has any of them."""
+        return self.corpus.names()
 
     def part(self, batch):
-        """Like y, the part that each target belongs to."""
+        """Like y, the number of the part that each target belongs to."""
         return batch["domain"]
 
     def more_metrics(self, split, loss):
         """{name: value} that follow from the loss, in nats per target."""
-        return {"bpb": loss / math.log(2) / self.corpus.bytes_per_token(split)} if self.in_bytes else {}
+        return {"bpb": loss / math.log(2) / self.corpus.bytes_per_token(split, self.cfg.block_size)} if self.in_bytes else {}
+
+    def left_out(self):
+        """A note on what is never read, or ""."""
+        T = self.cfg.block_size
+        short = [f"{name} ({split})" for split in self.corpus.splits for name in self.corpus.too_short(split, T)]
+        return f"left out, no longer than block_size={T} tokens: {', '.join(short)}\n" if short else ""
 
     def to_beat(self, split):
-        return f"to beat: {batches.unigram_loss(self.corpus, split):.3f}, the loss of guessing tokens by frequency"
+        loss = batches.unigram_loss(self.corpus, split)
+        return f"{self.left_out()}to beat: {loss:.3f}, the loss of guessing tokens by frequency"
 
     def scores(self, run, split, n):
         """What is measured at the end of a run only, on n rows (0: all): {name: value} and a text that shows it."""
@@ -137,10 +144,13 @@ class Classification(MaskFilling):
     def __init__(self, corpus, cfg):
         super().__init__(corpus, cfg)
         self.n_domains = 1  # the domain is the label, so gates must not be told
-        classes = {split: self.parts(split) for split in corpus.splits}
+        classes = {split: [name for name, _, _ in corpus.domains(split)] for split in corpus.splits}
         if len(classes["train"]) < 2 or any(names != classes["train"] for names in classes.values()):
             raise ValueError(f"--dataset={cfg.dataset}: --objective=classify needs two domains or more, the same in "
                              f"each split; there are {classes}")  # fmt: skip
+        if short := corpus.too_short("train", cfg.block_size):
+            raise ValueError(f"--dataset={cfg.dataset}: no passage of {cfg.block_size} tokens to learn {short[0]} from: "
+                             "lower --block_size")  # fmt: skip
 
     def model(self, cfg, ffn):
         return models.RoBERTa(cfg, self.corpus.V, ffn, self.corpus.tok.mask, len(self.parts("train")))
@@ -158,7 +168,7 @@ class Classification(MaskFilling):
 
     def to_beat(self, split):
         share = batches.majority(self.corpus, split, self.cfg.block_size)
-        return f"to beat: accuracy {share:.4f}, the share of the most frequent class"
+        return f"{self.left_out()}to beat: accuracy {share:.4f}, the share of the most frequent class"
 
     def sample(self, run, prompt):
         return samples.name_classes(run.model, self.corpus, run.cfg, run.mesh, prompt, run.autocast)
@@ -196,11 +206,10 @@ class Translation(Objective):
     def part(self, batch):
         return torch.zeros_like(batch["y"])
 
-    def to_beat(self, split):
+    def left_out(self):
         sizes = {s: (pairs["pairs"], len(self.rows(s))) for s, pairs in self.corpus.meta["splits"].items()}
         long = [f"{n - fit:,d} of {n:,d} {s} pairs" for s, (n, fit) in sizes.items() if fit < n]
-        note = f"left out, longer than block_size={self.cfg.block_size} tokens: {', '.join(long)}\n" if long else ""
-        return note + super().to_beat(split)
+        return f"left out, longer than block_size={self.cfg.block_size} tokens: {', '.join(long)}\n" if long else ""
 
     def scores(self, run, split, n):
         return samples.score_translations(run.model, self.corpus, split, n, run.cfg, run.mesh, run.autocast)

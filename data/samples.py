@@ -50,7 +50,7 @@ def fill_held_out(model, corpus, cfg, mesh, autocast):
     """Of each domain the wordiest of 16 held-out passages, an eighth of its words masked, and the guesses for them."""
     rng, texts, split = np.random.default_rng(cfg.seed), [], corpus.held_out()[0]
     is_word = lambda token: re.fullmatch(" [A-Za-z]{2,}", corpus.tok.decode([token])) is not None
-    for domain, (name, start, end) in enumerate(corpus.domains(split)):
+    for name, start, end in corpus.domains(split):
         starts = range(start, end, -(-(end - start) // 16))
         passages = [corpus.splits[split][i : min(i + cfg.block_size, end)].tolist() for i in starts]
         truth = max(passages, key=lambda passage: sum(map(is_word, passage)))
@@ -59,7 +59,7 @@ def fill_held_out(model, corpus, cfg, mesh, autocast):
         hidden = rng.permutation(words)[: 1 + len(words) // 8].tolist()
         ids = [corpus.tok.mask if i in hidden else token for i, token in enumerate(truth)]
         texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n"
-                     + fill_masks(model, corpus, ids, mesh, autocast, truth, domain))  # fmt: skip
+                     + fill_masks(model, corpus, ids, mesh, autocast, truth, corpus.names().index(name)))  # fmt: skip
     return "\n\n".join(texts)
 
 
@@ -91,8 +91,9 @@ def name_classes(model, corpus, cfg, mesh, prompt, autocast):
         passages = {"": corpus.tok.encode(prompt)}
         check_prompt(prompt, passages[""], cfg.block_size)
     else:
-        middle = {name: (start + end) // 2 for name, start, end in corpus.domains(split)}
-        passages = {name: corpus.splits[split][i : i + cfg.block_size].tolist() for name, i in middle.items()}
+        T, held = cfg.block_size, corpus.splits[split]
+        middle = {name: ((start + end) // 2, end) for name, start, end in corpus.domains(split)}
+        passages = {name: held[i : min(i + T, end)].tolist() for name, (i, end) in middle.items() if i < end}
     lines = []
     for name, ids in passages.items():
         with autocast:

@@ -294,8 +294,7 @@ def take(folder):
     if run.cfg.objective != "gpt" or not run.model.gates():
         raise ValueError(f"{folder} is not a run with --objective=gpt and more than one expert")
     gate, corpus, seen = run.model.gates()[0], run.objective.corpus, []
-    split = corpus.held_out()[0]
-    names = [name for name, _, _ in corpus.domains(split)]
+    split, names = corpus.held_out()[0], corpus.names()
     counts = torch.zeros(gate.E * len(names) * corpus.V, dtype=torch.long)
     watch = gate.register_forward_hook(lambda gate, inputs, routing: seen.append(routing.G.cpu()))
     with train.evaluating(run.model):

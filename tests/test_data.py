@@ -223,15 +223,17 @@ def test_crash_while_renaming_leaves_no_meta(prepared, monkeypatch):
 
 
 def test_the_next_prepare_removes_what_a_killed_one_left(prepared):
-    for name in (".partial-old", ".partial-young"):
+    for name in (".partial-old", ".partial-writing"):
         (prepared / name).mkdir()
         (prepared / name / "train.bin").write_bytes(b"x")
-    os.utime(prepared / ".partial-old", (0, 0))
+        os.utime(prepared / name, (0, 0))  # what grows in a folder does not touch the folder's own time
+    os.utime(prepared / ".partial-old" / "train.bin", (0, 0))
     files.write_text(prepared, bpe.make_tokenizer("bytes", 0, ()), {"train": {"a": ["x"]}}, "test")
-    assert [name for name in os.listdir(prepared) if name.startswith(".")] == [".partial-young"], "may be at work"
+    assert [name for name in os.listdir(prepared) if name.startswith(".")] == [".partial-writing"], "may be at work"
 
 
-def test_missing_packages_are_prepared_with_the_tokenizer_of_stdlib(tmp_path, monkeypatch):
+def test_a_corpus_that_checkpoints_depend_on_is_not_prepared_anew(tmp_path, monkeypatch):
+    """stdlib/packages is written before stdlib: where only stdlib is, its owner wanted a small one."""
     calls = []
     monkeypatch.setattr(files, "HERE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -242,8 +244,9 @@ def test_missing_packages_are_prepared_with_the_tokenizer_of_stdlib(tmp_path, mo
     splits = {"train": {"a": [TEXT]}, "val": {"a": [TEXT]}}
     files.write_text(tmp_path / "stdlib", bpe.make_tokenizer("bpe", 300, [TEXT]), splits, "test")
     files.prepare_missing("stdlib")
-    files.prepare_missing("stdlib/packages")
-    assert calls == [[], [], ["--tokenizer=bpe", "--vocab_size=300"]]
+    with pytest.raises(ValueError, match="--limit"):
+        files.prepare_missing("stdlib/packages")
+    assert calls == [[], []]
 
 
 def edit(name, change):
@@ -441,6 +444,19 @@ def test_stdlib_domains_and_sizes(stdlib):
         assert end == sizes["tokens"] == len(ids)
     start, stop, _ = meta["splits"]["train"]["domains"]["code"]
     assert "import " in tok.decode(files.load_split(stdlib, meta, "train")[start:stop])
+
+
+def test_packages_have_the_tokenizer_of_stdlib_or_are_not_there(tmp_path, monkeypatch):
+    prepare, written = script("stdlib"), []
+    monkeypatch.setattr(prepare, "write_text", lambda folder, tok, *a: written.append(folder) or real(folder, tok, *a))
+    real, second = files.write_text, os.path.join(tmp_path, "packages")
+    prepare.main(options(tmp_path, vocab_size=300, code_bytes=300_000, limit=60))
+    assert written == [second, str(tmp_path)]  # cut off in between, stdlib counts as missing
+    assert files.load_tokenizer(second).fingerprint() == files.load_tokenizer(tmp_path).fingerprint()
+    monkeypatch.setattr(prepare, "PACKAGES", ("email",))
+    prepare.main(options(tmp_path, tokenizer="bytes", code_bytes=300_000, limit=60))
+    with pytest.raises(FileNotFoundError, match="not prepared"):
+        files.load_meta(second)
 
 
 def test_stdlib_holds_out_whole_documents(stdlib):
@@ -777,7 +793,10 @@ def test_batches_of_pairs(letters):
             seen[text] += 1
     assert sum(seen.values()) == 40 and np.mean(spread) <= 2
     n = sum(int((b["y"] >= 0).sum()) for b in objective.held_out("test"))
-    assert n == corpus.meta["splits"]["test"]["tgt_tokens"] - 2  # less the pair that is too long
+    sizes = corpus.meta["splits"]["test"]
+    assert n == sizes["tgt_tokens"] - 2  # less the pair that is too long, "b" and <|endoftext|>
+    assert corpus.bytes_per_token("test", 24) == pytest.approx((sizes["tgt_bytes"] - 1) / n)
+    assert corpus.bytes_per_token("test", 99) == pytest.approx(sizes["tgt_bytes"] / sizes["tgt_tokens"])
     logits = torch.randn(2, 3, 260)
     toy = lambda x, pick: (logits[pick], {})
     out = train.task_loss(toy, dict(x=None, y=torch.tensor([[1, 2, -1], [3, -1, -1]])), label_smoothing=0.1)
@@ -798,6 +817,42 @@ def test_each_node_reads_its_own_domain_in_every_micro_batch(grad_accum):
         mesh = types.SimpleNamespace(rank=rank, world=4, device="cpu")
         rows = torch.cat([part["y"] for part in micro_batches(dict(y=starts), grad_accum, mesh)])
         assert len(rows) == 4 and ((rows >= 1000) == (rank >= 2)).all(), rank
+
+
+def test_nodes_share_out_the_domains_when_there_are_more(tmp_path):
+    """Two nodes, five domains, of which node 0 reads the first, third and fifth, each in proportion to its windows."""
+    spans = [("a", 0, 1016), ("b", 1016, 1116), ("c", 1116, 4132), ("d", 4132, 4182), ("e", 4182, 4218)]
+    corpus = types.SimpleNamespace(folder="here", domains=lambda split: spans)
+    cfg = config(batch_size=20_000, shard_by_domain=True)  # block_size=16
+    starts = random_starts(corpus, cfg, np.random.default_rng(0), 2)
+    room, node = np.array([1000, 84, 3000, 34, 20]), np.arange(20_000) // 10_000
+    which = np.searchsorted([end for _, _, end in spans], starts, side="right")
+    assert (which % 2 == node).all()
+    assert all(start <= s < end - 16 for s, (_, start, end) in zip(starts, (spans[d] for d in which)))
+    for v in range(2):
+        seen = np.bincount(which[node == v], minlength=5) / 10_000
+        assert np.allclose(seen, room * (np.arange(5) % 2 == v) / room[v::2].sum(), atol=0.02), v
+    assert len(set(starts[which == 4])) > 10 and starts[which == 2].max() > 4000  # all over the domain
+
+
+def test_a_domain_has_one_number_in_every_split(tmp_path):
+    """That of its name, whatever the order; a part that a split lacks, or that has no window, reports no loss."""
+    text = {name: [name * 60] for name in "abc"}
+    of = lambda names: {name: text[name] for name in names}
+    splits = {"train": of("ab"), "val": of("cba"), "test": of("b") | {"a": ["a" * 9]}}
+    files.write_text(tmp_path / "corpus", BYTES, splits, "test")
+    cfg = dict(dataset=str(tmp_path / "corpus"), out_dir=str(tmp_path / "out"), device="cpu", n_layer=2, n_head=2,
+               n_embd=16, block_size=16, batch_size=4, n_experts=2, gate="randomrouted")  # fmt: skip
+    run = train.set_up(cfg)
+    assert run.objective.parts("val") == ["a", "b", "c"] and run.n_domains == 2
+    for split in ("train", "val", "test"):
+        batches = [run.objective.train_batch(0)] if split == "train" else run.objective.held_out(split)
+        for batch in batches:
+            assert torch.equal(batch["domain"][:, 0], batch["x"][:, 0] - ord("a")), split
+    val, test = train.evaluate(run, "val"), train.evaluate(run, "test")
+    assert val["loss_b"] == pytest.approx(test["loss_b"])
+    assert {name for name in test if name.startswith("loss_")} == {"loss_b"} and "loss_c" in val
+    assert "left out, no longer than block_size=16 tokens: a (test)\nto beat" in run.objective.to_beat("test")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

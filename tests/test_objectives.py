@@ -11,10 +11,11 @@ import torch
 
 import dist
 import train
+from data.files import write_text
 from data.objectives import OBJECTIVES
 from data.samples import score_translations, translate
 from ranks import run_ranks
-from runs import config
+from runs import BYTES, config
 
 SMALL = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=24 --batch_size=4 --max_steps=4 --warmup=2 --eval_every=0 "
         "--eval_batches=2 --log_every=2 --save_every=0 --n_experts=4 --device=cpu").split()  # fmt: skip
@@ -87,6 +88,17 @@ def test_classify(letters, tmp_path, capsys):
     assert objective.schedule_step(3) == cfg.max_steps
     batch = objective.train_batch(0)
     assert batch.keys() == {"x", "y"} and batch["y"].shape == (4, 1)
+
+
+def test_a_class_without_a_passage_is_refused_and_passages_end_with_their_class(letters, tmp_path, capsys):
+    splits = {"train": {"a": ["a" * 50], "b": ["b" * 30]}, "val": {"a": ["a" * 40], "b": ["B" * 60]}}
+    write_text(str(tmp_path / "corpus"), BYTES, splits, "test")
+    flags = [*SMALL, "--objective=classify", f"--dataset={tmp_path / 'corpus'}", f"--out_dir={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match="no passage of 31 tokens to learn b from: lower --block_size"):
+        train.main([*flags, "--block_size=31"])
+    capsys.readouterr()
+    train.main([*flags, "--block_size=30"])
+    assert re.search(r"\na +->.*'a{20}<\|endoftext\|>' \.\.\.", capsys.readouterr().out)
 
 
 def test_a_classifier_learns_from_a_classifier(letters, tmp_path):

@@ -25,7 +25,8 @@ files, so code that neither pre-training nor fine-tuning has seen.
           val                97        1,150,289         322,846
 
 A tenth of all files and topics is held out, in both domains at once: no held-out module is seen in training,
-as code or as docstring. The standard library quotes itself, so a paragraph met before is dropped.
+as code or as docstring (but for one file that is a single comment, as others are). The standard library quotes
+itself, so a paragraph met before is dropped.
 """
 
 import ast
@@ -168,11 +169,14 @@ def main(args):
             left -= len(code)
     tok = make_tokenizer(args.tokenizer, args.vocab_size, sum(splits["train"].values(), []))
     source = f"Python {sys.version.split()[0]} standard library and help topics"
-    write_text(args.out_dir, tok, splits, source)
     both = [name for name in PACKAGES if packages["train"][name] and packages["val"][name]]
+    second = os.path.join(args.out_dir, "packages")  # first, so that a corpus cut off in between counts as missing
     if len(both) > 1:
         packages = {split: {name: found[name] for name in both} for split, found in packages.items()}
-        write_text(os.path.join(args.out_dir, "packages"), tok, packages, source)
+        write_text(second, tok, packages, source)
+    elif os.path.exists(os.path.join(second, "meta.json")):
+        os.remove(os.path.join(second, "meta.json"))  # an older one has another tokenizer
+    write_text(args.out_dir, tok, splits, source)
 
 
 if __name__ == "__main__":
