@@ -46,7 +46,7 @@ import torch
 
 import dist
 from data.flags import closest
-from experts import Experts, MoE
+from experts import Experts, MoE, expert_seed
 from model import make_optimizer
 from router import Permuted, make_gate
 
@@ -57,8 +57,9 @@ SPAWNS = ("mask", "noise", "copy", "importance")  # see offspring
 
 
 def spawn_step(cfg):
-    """The step at whose beginning one expert becomes n_experts (if that has not happened yet)."""
-    return round(max(0.0, cfg.diversify) * cfg.max_steps)
+    """The step at whose beginning one expert becomes n_experts (if that has not happened yet); the last at the
+    latest."""
+    return min(round(max(0.0, cfg.diversify) * cfg.max_steps), cfg.max_steps - 1)
 
 
 def mixture_steps(cfg):
@@ -200,8 +201,7 @@ def offspring(e0, layer, e, cfg, neurons=None):
     copy        nothing changes: sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055)
     importance  the child's own selection of e0's hidden neurons, see split
     """
-    # An even seed: Experts.init takes the odd ones
-    rng = torch.Generator().manual_seed(((cfg.seed * 1009 + layer) * 1009 + e) * 2)
+    rng = torch.Generator().manual_seed(expert_seed(cfg.seed, layer, e))
     born = {}
     for name, p in e0.named_parameters():  # w1 (1, H, D), w2 (1, H, D), b1 (1, H), b2 (1, D)
         heir, noise = (lambda t: t[0].clone()), 0.0

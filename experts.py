@@ -48,6 +48,11 @@ def every_expert(x, G, experts):
 # The experts
 
 
+def expert_seed(seed, layer, e):
+    """Of expert e (global number) of a layer: even, for what its spawn draws; the odd one after it is its weights'."""
+    return ((seed * 1009 + layer) * 1009 + e % 1009) * 2 + (e // 1009 << 58)
+
+
 class Experts(nn.Module):
     """n feed-forward networks D -> H -> D with stacked weights; n = 1 is the FFN of a dense Transformer.
 
@@ -74,7 +79,7 @@ class Experts(nn.Module):
         whatever the number of ranks, and expert 0 is the FFN that a dense model would have here. w1 is drawn as
         (D, H): the order decides which seed gives which weights, and nothing else."""
         for i in range(self.n):
-            rng = torch.Generator().manual_seed(((seed * 1009 + layer) * 1009 + self.first + i) * 2 + 1)
+            rng = torch.Generator().manual_seed(expert_seed(seed, layer, self.first + i) + 1)
             self.w1[i] = torch.empty(self.w1[i].t().shape).normal_(0, std1, generator=rng).t()  # as (D, H)
             self.w2[i].normal_(0, std2, generator=rng)
 

@@ -189,7 +189,8 @@ class Model(nn.Module):
         without regard to masks. targets: share of the positions that meet the output layer. A gate counts as its
         matrices, but not as its tables by token id, which are looked up. A Translator's token is a source-target pair.
         """
-        multiplied = lambda name, p: p.dim() >= 2 and not (".gate." in name and len(p) >= self.V)
+        ids = self.V, self.V + self.cfg.block_size  # RoBERTa's masks have ids of their own
+        multiplied = lambda name, p: p.dim() >= 2 and not (".gate." in name and len(p) in ids)
         others = [(name, p) for name, p in self.named_parameters() if ".ffn.experts." not in name]
         matrices = {name: p.numel() for name, p in others if multiplied(name, p)}
         head = sum(n for name, n in matrices.items() if name in ("wte.weight", "dense.weight"))

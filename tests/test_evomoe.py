@@ -87,6 +87,8 @@ def test_phases():
     assert "permuted            4" in evomoe.show(config(gate="switch", permute=0.05, max_steps=100))
     assert "frozen             10" in evomoe.show(config(gate="stablemoe", max_steps=100))
     assert "tighten            40        4" in evomoe.show(cfg)
+    for steps, share, spawn in ((6, 0.95, 5), (1, 0.6, 0), (100, 0.29, 29)):  # a run ends as what it is called
+        assert evomoe.spawn_step(config(max_steps=steps, diversify=share)) == spawn
 
 
 @pytest.mark.parametrize("wrong", [
@@ -381,10 +383,11 @@ def test_gpt2_without_transformers_is_one_line(monkeypatch):
 # -- floating-point operations ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tau,reads", [(2.0, "content"), (0.1, "content"), (0.1, "id")])
-def test_flops_per_token_are_the_non_zeros(tau, reads):
+@pytest.mark.parametrize("tau,reads,n", [
+    (2.0, "content", E), (0.1, "content", E), (0.1, "id", E), (0.1, "content", V + 1)])  # fmt: skip
+def test_flops_per_token_are_the_non_zeros(tau, reads, n):
     """Against a counter of every matrix product that really ran, in float64, where experts run one by one."""
-    model = GPT(config(gate_args=f"reads={reads}", shared_hidden=8 * (reads == "id")), V).double()
+    model = GPT(config(gate_args=f"reads={reads}", shared_hidden=8 * (reads == "id"), n_experts=n), V).double()
     model.gates()[0].weight.data.normal_()
     model.gates()[0].set("dense", tau, 0.0)
     seen = []
@@ -394,7 +397,7 @@ def test_flops_per_token_are_the_non_zeros(tau, reads):
         model(x)
     k = (seen[0] != 0).sum().item() / x.numel()
     assert model.stack.blocks[1].ffn.stats["kept"].sum().item() == k * x.numel()
-    assert 1 < k <= E and (tau == 0.1 or k > 3)
+    assert 1 < k <= n and (tau == 0.1 or k > 3)
     assert model.flops_per_token(k, 16) * x.numel() == pytest.approx(counter.get_total_flops())
 
 

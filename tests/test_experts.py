@@ -20,7 +20,7 @@ from torch import nn
 
 import dist
 import router
-from experts import Experts, MoE, drop, drop_priority, feed_forward, grouped_mm, log_stats, near_experts
+from experts import Experts, MoE, drop, drop_priority, expert_seed, feed_forward, grouped_mm, log_stats, near_experts
 from layers import B, D, E, GATES, H, STEPS, T, assert_close, new_gate, seeded_route, tokens
 from ranks import run_ranks
 from router import Place, gates, make_gate
@@ -108,6 +108,13 @@ def gradients(layer, x, loss):
     named = {"x": x} | {n: p for n, p in layer.named_parameters() if p.requires_grad}
     got = torch.autograd.grad(loss, named.values(), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), got)}
+
+
+def test_every_expert_of_every_layer_has_a_seed_of_its_own():
+    some = [expert_seed(seed, layer, e) for seed in (0, 1, 1337, 2**40 - 1) for layer in (0, 1, 2, 1999)
+            for e in (0, 1, 1008, 1009, 1010, 2017, 2018, 2**14 - 1, 2**14)]  # fmt: skip
+    assert len(set(some)) == len(some) and all(s % 2 == 0 and 0 <= s < 2**63 for s in some)
+    assert expert_seed(1337, 2, 5) == ((1337 * 1009 + 2) * 1009 + 5) * 2
 
 
 def test_a_shared_expert_sees_every_token():

@@ -123,13 +123,15 @@ def test_a_mistake_of_an_objective_shows_before_the_first_step(letters, tmp_path
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_mixture_of_narrow_experts_is_fine_tuned_as_it_is(letters, tmp_path):
-    """The experts came from a wider FFN; nothing is spawned any more."""
+def test_a_mixture_of_narrow_experts_is_fine_tuned_as_it_is(letters, tmp_path, capsys):
+    """The experts came from a wider FFN; nothing is spawned any more, and no phase is announced."""
     text, first = f"--dataset={letters['text']}", tmp_path / "first"
     narrow = "--n_experts=2 --spawn=importance --expert_hidden=32 --diversify=0.4".split()
     train.main([*SMALL, "--objective=roberta", text, *narrow, f"--out_dir={first}"])
+    assert "diversify           0" in capsys.readouterr().out
     train.main(["--objective=classify", text, f"--init_from={first}", f"--out_dir={tmp_path / 'new'}", "--max_steps=2"])
     assert dist.find(tmp_path / "new")[1]["config"]["expert_hidden"] == 32
+    assert "diversify" not in capsys.readouterr().out
 
 
 def test_classify_starts_from_a_roberta_only(letters, tmp_path):
