@@ -335,7 +335,7 @@ def loop(run, log, clock):
 def say_what_to_expect(run):
     """The phases and what to beat; data or an objective that cannot be used show now, before anything is written."""
     val = run.objective.corpus.held_out()[0]
-    if (table := evomoe.show(run.cfg)) and run.objective.schedule_step(0) == 0:  # else they are over, see there
+    if run.objective.schedule_step(0) == 0 and (table := evomoe.show(run.cfg)):  # fine-tuning: they are over
         run.say(table)
     run.objective.train_batch(run.first, run.mesh.n_nodes)
     evaluate(run, val, 1)  # a mistake of an objective should not show after the last step

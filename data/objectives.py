@@ -73,7 +73,9 @@ class Objective:
 
     def more_metrics(self, split, loss):
         """{name: value} that follow from the loss, in nats per target."""
-        return {"bpb": loss / math.log(2) / self.corpus.bytes_per_token(split, self.cfg.block_size)} if self.in_bytes else {}
+        if not self.in_bytes:
+            return {}
+        return {"bpb": loss / math.log(2) / self.corpus.bytes_per_token(split, self.cfg.block_size)}
 
     def left_out(self):
         """A note on what is never read, or ""."""
