@@ -317,6 +317,7 @@ def loop(run, log, clock):
             run.say(f"{line} | {speed}")
             log({"step": done, **entry, "lr": learning_rate(step, cfg), "norm": float(norm), **times})
         if last or (cfg.eval_every and done % cfg.eval_every == 0):
+            evomoe.set_step(run.model, objective.schedule_step(done), cfg)  # as --eval_only of this step's checkpoint
             result = evaluate(run, val, 0 if last else cfg.eval_batches)
             clock.start_lap()
             run.say(f"step {done:5d} | {val} " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))

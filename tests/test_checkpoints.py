@@ -124,6 +124,15 @@ def test_a_new_optimizer_and_frozen_parameters_round_trip():
     assert same(dist.full_state(model, opt, Mesh()), state)
 
 
+def test_a_state_is_a_copy():
+    model, opt = trained()
+    model.register_buffer("seen", torch.ones(3, dtype=torch.long))
+    state, again = (dist.full_state(model, opt, Mesh()) for _ in range(2))
+    for t in (*dist.named_tensors(model).values(), *(t for moments in opt.state.values() for t in moments.values())):
+        t.detach().zero_()
+    assert same(state, again) and state["model"]["seen"].all()
+
+
 STATE = {"model": {"w": torch.arange(50_000.0)}, "optimizer": {}, "step": 1, "config": {"lr": 0.1, "name": "x"}}
 
 
@@ -294,6 +303,8 @@ def foreign(kind):
             "a tensor less": {"tensors": 4},
             "moments of another shape": {"optimizer": {"w": {"exp_avg": torch.zeros(3), "step": torch.tensor(1.0)}}},
             "moments of a wrong type": {"optimizer": {"w": 3}},
+            "moments that are not finite": {"optimizer": {"w": moments["w"] | {"exp_avg": STATE["model"]["w"] / 0}}},
+            "a negative step": {"step": -1},
         }[kind]
     )
 
@@ -310,6 +321,8 @@ UNUSABLE = [
     "a tensor less",
     "moments of another shape",
     "moments of a wrong type",
+    "moments that are not finite",
+    "a negative step",
     "a folder",
 ]
 

@@ -7,6 +7,7 @@ a constant factor in them (see Mesh.sync_grads).
 """
 
 import os
+import signal
 from contextlib import nullcontext
 from functools import lru_cache
 from unittest.mock import patch
@@ -528,6 +529,27 @@ def test_init_without_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is set but not RANK, LOCAL_RANK, LOCAL_WORLD_SIZE"):
         dist.init(device="cpu")
+
+
+def test_a_node_is_what_torchrun_started_on_one_machine(monkeypatch):
+    monkeypatch.setattr(dist, "join", lambda *args: None)
+    env = dict(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_ADDR="nowhere.invalid", MASTER_PORT=1)
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+    mesh = dist.init(device="cpu")
+    assert (mesh.rank, mesh.world, mesh.n_nodes, mesh.node) == (3, 4, 2, 1)
+
+
+def test_a_signal_sent_again_after_two_seconds_ends_at_once(monkeypatch):
+    """Two seconds after the first one, whatever came in between."""
+    now, raised = [0.0], []
+    monkeypatch.setattr(dist.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    dist.stop_on_signals()
+    for now[0] in (10.0, 11.5, 13.0):
+        assert not raised
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+    assert raised == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # -- errors ------------------------------------------------------------------------------------------------

@@ -308,6 +308,12 @@ def test_upcycling_a_dense_run(corpus, tmp_path, capsys):
         train_on(corpus, tmp_path / "wrong", init_from=tmp_path / "dense", n_embd=32)
 
 
+def test_weights_of_a_longer_context_lose_its_end():
+    long, short = (small_gpt(config(block_size=n), n_experts=1) for n in (16, 6))
+    evomoe.load_weights(short, long.state_dict(), dist.Mesh())
+    assert torch.equal(short.wpe.weight, long.wpe.weight[:6]) and torch.equal(short.wte.weight, long.wte.weight)
+
+
 def test_gpt2_weights(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     config2 = transformers.GPT2Config(vocab_size=V - 3, n_positions=32, n_embd=32, n_layer=2, n_head=2)
@@ -423,6 +429,15 @@ def test_importance_is_taken_per_sample():
     assert (mean <= got + 1e-6).all() and (got > 2 * mean).any()
 
 
+def test_importance_looks_at_the_first_sequences_of_the_run(corpus, tmp_path):
+    """Six of them, four in a step: of each the mean loss."""
+    run = train.set_up({**SIZES, "dataset": corpus, "out_dir": str(tmp_path), "n_experts": 1, "device": "cpu"})
+    batches = [run.objective.train_batch(step) for step in (0, 1)]
+    x, y = (torch.cat([batch[name] for batch in batches])[:6] for name in "xy")
+    want = [nn.functional.cross_entropy(*row).item() for row in zip(run.model(x)[0], y)]
+    assert [loss.item() for loss in evomoe.sample_losses(run, train.task_loss, n=6)] == pytest.approx(want)
+
+
 def test_split_facts():
     score = torch.rand(48)
     order = score.argsort(descending=True)
@@ -498,6 +513,7 @@ def test_a_teacher_of_another_kind_is_refused(corpus, tmp_path):
             train_on(corpus, tmp_path / "student", **{**student, **more})
     log = train_on(corpus, tmp_path / "student", **student)
     assert "mse" in [e for e in log if "loss" in e][-1]
+    assert not train.set_up({"out_dir": str(tmp_path / "student"), "init_from": "resume"}).teacher.training
     run = dist.find(tmp_path / "student")[1]
     cfg = train.configure({}, run["config"])
     with pytest.raises(ValueError, match="has another vocabulary than"):

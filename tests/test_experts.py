@@ -214,6 +214,13 @@ def test_grouped_mm_equals_a_loop(dtype):
                 assert_close(a, b, tol)
 
 
+def test_gelu_tanh_is_gpt2s_approximation():
+    ffn, x = feed_forward(config(n_experts=1, activation="gelu_tanh"), 0, False).double(), 30 * tokens(D=16)[0]
+    h = x @ ffn.w1[0].T
+    want = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))) @ ffn.w2[0]
+    assert_close(ffn(x), want)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Capacity
 
@@ -242,6 +249,17 @@ def test_survivors_are_the_right_ones(order):
             got = drop(G, capacity, priority)
             assert torch.equal(got, want), (order, seed, capacity)
             assert torch.equal((got != 0).sum(0), torch.minimum(n_e, slots.clamp(min=0)))
+
+
+def test_a_random_drop_order_does_not_depend_on_the_number_of_ranks():
+    layer = new_layer("topk")
+
+    def drawn(rank, world):
+        layer.mesh, n = dist.Mesh(rank, world, 1, world), 6 // world
+        torch.manual_seed(0)
+        return drop_priority("random", torch.ones(n, E), layer.where(torch.zeros(n, D), None, None, None))
+
+    assert torch.equal(torch.cat([drawn(0, 2), drawn(1, 2)]), drawn(0, 1))
 
 
 def test_drop_is_a_map_with_the_gradient_of_what_survives():
@@ -280,6 +298,7 @@ def test_what_the_log_says_about_two_layers():
     seen = log_stats(layers, dist.Mesh())
     assert seen["experts_per_token"] == (3 + 12) / 12 and seen["dropped"] == pytest.approx(3 / 18)
     assert seen["load"] == [4, 0, 0, 0] and (seen["load_min"], seen["load_max"]) == (0, 4)
+    assert log_stats(layers[::-1], dist.Mesh())["load_max"] == 4  # in whichever layer
 
 
 def traffic_of_two_layers(rank, world):
@@ -300,6 +319,7 @@ def test_traffic_is_that_of_all_layers_and_ranks():
     for seen in run_ranks(2, traffic_of_two_layers):
         assert (seen["tokens_far"], seen["tokens_rank"], seen["tokens_node"]) == (2 * (1 + 2), 2 * 2, 0)
         assert seen["bytes_far"] == seen["tokens_far"] * D * 4
+        assert seen["load"] == [1.2, 0.8] and (seen["experts_per_token"], seen["dropped"]) == (1, 0)  # 3 and 2 rows
 
 
 @pytest.mark.parametrize("world, ep, per_node", [(4, 4, 2), (8, 4, 2), (8, 2, 4), (8, 8, 2), (8, 1, 4), (12, 6, 3)])
@@ -314,10 +334,10 @@ def test_near_is_what_a_rank_reaches_on_its_node(world, ep, per_node):
 
 def test_locality_needs_nodes_of_whole_groups():
     """Six processes, three a node, pairs that share experts: the second pair has a leg on each node."""
-    build = lambda gate: feed_forward(config(gate, n_experts=8), 1, True, mesh=dist.Mesh(0, 6, 2, 3), V=10)
+    build = lambda gate, *mesh: feed_forward(config(gate, n_experts=8), 1, True, mesh=dist.Mesh(0, *mesh), V=10)
     with pytest.raises(ValueError, match="--gate=locmoe: with --ep=2 and 3 processes a node"):
-        build("locmoe")
-    build("switch")
+        build("locmoe", 6, 2, 3)
+    build("switch", 6, 2, 3), build("locmoe", 8, 4, 2), build("locmoe", 8, 2, 4)  # whole groups or nodes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

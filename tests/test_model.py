@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dist
 import evomoe
@@ -138,6 +139,9 @@ def test_parameter_counts():
     assert build(gate="topk", k=2).n_params() == (dense + 2 * ((E - 1) * ffn + gate), dense + 2 * (ffn + gate))
     assert build(gate="hash").n_params()[1] == dense
     assert build(gate="hash", shared_hidden=24).n_params()[1] == dense + 2 * (2 * 24 * 16)  # in two layers
+    for kind, head in (("gpt", V * D), ("roberta", V * D + D * D)):  # the output layer counts where there is a target
+        saved = build(kind).flops_per_token(1, 12) - build(kind).flops_per_token(1, 12, targets=0.25)
+        assert saved == pytest.approx(2 * 0.75 * head)
 
 
 def whole_state(rank, world, ep):
@@ -171,13 +175,36 @@ def test_init_depends_on_the_seed_and_not_on_the_default_generator():
 
 
 def test_init_is_gpt2s():
-    model = build(n_embd=64, n_head=4)
+    model = build(n_embd=64, n_head=4, shared_hidden=256)
     assert abs(model.wte.weight.std() - 0.02) < 0.002
     assert abs(model.stack.blocks[0].attn.out.weight.std() - 0.02 / math.sqrt(8)) < 0.001
-    assert abs(model.stack.blocks[1].ffn.experts.w2.std() - 0.02 / math.sqrt(8)) < 0.001
+    experts, shared = model.stack.blocks[1].ffn.experts, model.stack.blocks[1].ffn.shared
+    assert abs(experts.w2.std() - 0.02 / math.sqrt(8)) < 0.001 and abs(shared.w2.std() - 0.02 / math.sqrt(8)) < 0.001
+    assert not any(torch.equal(shared.w1[0], w) for w in experts.w1)  # it is one expert more
     x = tokens()
     loss = torch.nn.functional.cross_entropy(model(x)[0][:, :-1].flatten(0, 1), x[:, 1:].flatten())
     assert abs(float(loss.detach()) - math.log(V)) < 0.1  # knows nothing yet
+    biases = [p for name, p in build(bias=True).named_parameters() if name.endswith((".bias", ".b1", ".b2"))]
+    assert len(biases) == 4 * (2 + 3 + 2) + 1 and not any(p.any() for p in biases)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "translation"])
+def test_init_of_models_with_an_encoder(kind):
+    """Attention and experts with std 1 / sqrt(D); a decoder's layers are not the encoder's again."""
+    modules = list(build(kind, n_embd=64, n_head=4).modules())
+    ffns = [m.w1 for m in modules if isinstance(m, Experts)]
+    for w in ffns + [m.q.weight for m in modules if isinstance(m, Attention)]:
+        assert abs(w.std() - 1 / 8) < 0.01
+    assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations(ffns, 2))
+
+
+def test_only_matrices_decay():
+    model = build("translation", bias=True)
+    groups = train.make_optimizer(model, model.cfg).param_groups
+    decay = {id(p) for p in groups[0]["params"]}
+    names = {".".join(name.split(".")[-2:]) for name, p in model.named_parameters() if id(p) in decay}
+    matrices = {"wte.weight", "q.weight", "kv.weight", "out.weight", "ffn.w1", "ffn.w2", "experts.w1", "experts.w2"}
+    assert names == matrices and groups[1]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("gate", sorted(gates()))
@@ -322,6 +349,49 @@ def test_all_padding_is_not_nan(gate):
         assert opinionated(RoBERTa, gate)(src, live)[0].isfinite().all()
 
 
+def test_mixtures_are_told_the_domain():
+    """That of the corpus; in a Translator the language, 0 for the source and 1 for the target."""
+    x, domain, told = tokens(2), torch.arange(24).view(2, 12) % 3, []
+    for kind in ("gpt", "roberta", "translation"):
+        model = build(kind)
+        for moe in model.moes():
+            moe.register_forward_pre_hook(lambda m, args: told.append(args[3]))
+        model(x, src=x) if kind == "translation" else model(x, domain=domain)
+    assert len(told) == 2 + 2 + 4
+    for got, want in zip(told, [domain] * 4 + [0 * domain] * 2 + [0 * domain + 1] * 2):
+        assert torch.equal(got, want)
+
+
+def test_a_classifier_reads_the_mean_of_what_is_live():
+    model, x = RoBERTa(config(gate="hash"), V, n_classes=3).eval(), tokens(2)
+    model.classifier[0].weight.data.normal_()
+    model.classifier[3].weight.data.normal_()
+    live = torch.arange(12) < torch.tensor([12, 5])[:, None]
+    h, _ = model.encode(x, live)
+    mean = torch.stack([h[0].mean(0), h[1, :5].mean(0)])
+    want = (mean @ model.classifier[0].weight.T).tanh() @ model.classifier[3].weight.T
+    assert torch.allclose(model(x, live)[0][:, 0], want, atol=1e-5)
+
+
+def test_where_units_are_dropped(monkeypatch):
+    """In embeddings, attention's weights, what a block adds, hidden neurons, what a classifier reads; in training."""
+    torch.manual_seed(0)
+    seen, real = [], F.scaled_dot_product_attention
+    watched = lambda *args, **more: (seen.append(more["dropout_p"]), real(*args, **more))[1]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    cfg, x = config(gate="hash", dropout=0.5), tokens()
+    encoder, decoder = 4 * (1 + 3), 4 * (2 + 4)  # four blocks: attentions' weights, all the rest
+    one, two = RoBERTa(cfg, V, n_classes=3), Translator(cfg, V, pad_id=V - 1)
+    for model, inputs, places in ((one, (x,), 1 + encoder + 1), (two, (x, x), 1 + encoder + 1 + decoder)):
+        for m in model.modules():
+            if isinstance(m, torch.nn.Dropout):
+                m.register_forward_hook(lambda m, args, out: seen.append((out == 0).float().mean().item()))
+        for share in (0.5, 0.0):
+            seen.clear()
+            model.train(share > 0)(*inputs)
+            assert len(seen) == places and all(abs(zeros - share) < 0.2 for zeros in seen), seen
+
+
 def test_a_cache_takes_one_new_token_at_a_time():
     attention, x = Attention(8, 2, False, 0.0), torch.randn(1, 3, 8)
     cache = {}
@@ -372,6 +442,7 @@ def test_masks_are_spread_over_a_table_without_telling_the_answer():
     x[:, 3:] = MASK
     routed = model.route_ids(x)
     assert torch.equal(routed[:, :3], x[:, :3]) and routed[0, 3:].tolist() == list(range(FEW + 3, FEW + 16))
+    assert RoBERTa.route_counts([50, 30, 20], 4).tolist() == pytest.approx([44, 26.4, 17.6, 3, 3, 3, 3])
     counts = RoBERTa.route_counts(torch.tensor([100.0] * 8 + [0]), 16)
     cfg = runs.config("hash", block_size=16)
     model = RoBERTa(cfg, FEW, functools.partial(feed_forward, cfg, V=FEW + 16, counts=counts), mask_id=MASK)
@@ -408,9 +479,10 @@ def test_sampling():
         allowed = set(model(x)[0][0, -1].topk(top_k).indices.tolist())
         drawn = set(model.generate(rows, 1, top_k=top_k, generator=rng())[:, -1].tolist())
         assert drawn <= allowed
-    p = model(x)[0][0, -1].softmax(0)
-    share = torch.bincount(model.generate(x.expand(4000, -1), 1, generator=rng())[:, -1], minlength=V) / 4000
-    assert (share - p).abs().max() < 0.03
+    for temperature in (1.0, 10.0):
+        p = (model(x)[0][0, -1] / temperature).softmax(0)
+        drawn = model.generate(x.expand(4000, -1), 1, temperature, generator=rng())[:, -1]
+        assert (torch.bincount(drawn, minlength=V) / 4000 - p).abs().max() < 0.03
 
 
 def test_stop_ends_when_every_row_has_stopped():
@@ -500,3 +572,15 @@ def test_wider_beams_score_no_less_on_average():
     model, src = opinionated(Translator, std=0.5), ids(30, 6)
     score = [model.translate(src, BOS, EOT, beams, 0.0, max_tokens=6)[1].mean() for beams in (1, 4)]
     assert score[1] > score[0]
+
+
+@torch.no_grad()
+def test_a_hypothesis_that_can_still_overtake_is_waited_for():
+    """First eot with 0.55 or a with 0.45, after a only eot: log 0.45 / (7 / 6)^2 = -0.587 is more than log 0.55."""
+    model = opinionated(Translator)
+    first, then = torch.full((2, FEW), -30.0)
+    first[EOT], first[0], then[EOT] = math.log(0.55), math.log(0.45), 0.0
+    model.decode = lambda x, memory, live, t, cache: (x[..., None], [mine.update(kv=(x, x)) for mine, _ in cache])
+    model.head = lambda h: torch.where(h == BOS, first, then)
+    y, score = model.translate(ids(1, 3), BOS, EOT, beams=2, length_penalty=2.0, max_tokens=4)
+    assert y.tolist() == [[0, EOT]] and abs(score + 0.5867) < 1e-4

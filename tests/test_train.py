@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import dist
+import evomoe
 import train
 from data import objectives
 from router import gates
@@ -110,16 +111,50 @@ def test_evaluation_by_hand(corpora, tmp_path, gate):
     """Without dropout, noise, capacity; nothing that the gates hold is touched."""
     run = set_up(corpora, tmp_path, f"--gate={gate}", "--dropout=0.5", "--capacity_factor=0.3")
     before = {name: t.clone() for name, t in run.model.named_buffers()}
+    run.model.wte.weight.data[ord(" ")] *= 50  # guesses a space at about half of the places: sometimes it is one
     got = train.evaluate(run, "val")
     assert run.model.training and all(torch.equal(t, before[name]) for name, t in run.model.named_buffers())
     run.model.eval()
-    nll = []
+    seen = []  # of each target: its loss, whether the model is right, its domain
     with torch.no_grad():
         for batch in run.objective.held_out("val"):
-            logits, _ = run.model(batch["x"], batch["domain"])
-            nll.append(F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten(), ignore_index=-1, reduction="none"))
-    nll = torch.cat(nll)
-    assert got["loss"] == pytest.approx((nll.sum() / (nll != 0).sum()).item(), rel=1e-5)
+            live = batch["y"] >= 0
+            logits, y = run.model(batch["x"], batch["domain"])[0][live], batch["y"][live]
+            nll = F.cross_entropy(logits, y, reduction="none")
+            seen.append(torch.stack([nll, logits.argmax(1) == y, batch["domain"][live]]))
+    nll, right, domain = torch.cat(seen, 1).double()
+    assert got["loss"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert got["accuracy"] == pytest.approx(right.mean().item(), rel=1e-5) and right.any()
+    for i, name in enumerate(("prose", "code")):
+        assert got[f"loss_{name}"] == pytest.approx(nll[domain == i].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_one_step_with_a_teacher_by_hand(corpora, tmp_path, accum):
+    """What the teacher has to say is a mean over all positions, or targets, of the batch, however it is cut."""
+    more = ["--n_experts=1", f"--grad_accum={accum}", "--grad_clip=0"]
+    run = set_up(corpora, tmp_path, *more, objective="roberta")
+    run.cfg.distill, run.teacher, twin = 3.0, copy.deepcopy(run.model).eval(), copy.deepcopy(run.model)
+    run.teacher.wte.weight.data.mul_(20)  # so that mse and kl are of one size
+    batch, seen = run.objective.train_batch(0), {}
+    x, pick = batch["x"], batch["y"] >= 0
+    with evomoe.watch(twin) as student, evomoe.watch(run.teacher) as teacher:
+        loss = F.cross_entropy(twin(x, pick=pick)[0], batch["y"][pick])
+        run.teacher(x, pick=pick)
+    mse, kl = evomoe.distillation(student, teacher, x.numel(), int(pick.sum()))
+    (loss + 3 * mse + 3 * kl).backward()
+    run.optimizer.step = lambda: seen.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+    _, told, _ = train.train_step(run, run.model.train(), batch)
+    assert [told["mse"].item(), told["kl"].item()] == pytest.approx([mse.item(), kl.item()], rel=1e-4)
+    for name, p in twin.named_parameters():
+        assert torch.allclose(seen[name], p.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_student_and_its_teacher_are_compared_in_the_same_precision(corpora, tmp_path):
+    run = set_up(corpora, tmp_path, "--n_experts=1", "--dtype=bfloat16")
+    run.cfg.distill, run.teacher = 1.0, copy.deepcopy(run.model).eval()
+    _, told, _ = train.train_step(run, run.model.train(), run.objective.train_batch(0))
+    assert told["mse"] == 0 and told["kl"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,6 +220,22 @@ def test_every_gate_in_the_training_loop(gate, corpora, tmp_path, request):
     for one, many, tol in twins:
         a, b = ([e["loss"] for e in log(out) if "loss" in e] for out in (one, many))
         assert len(a) == 6 and a == pytest.approx(b, rel=tol), many.name
+
+
+def test_the_loop_follows_its_schedules(corpora, tmp_path, monkeypatch):
+    """Every rate; and --eval_only finds the losses it told, in dts' dense phase that of a batch, in the end of all."""
+    rates, real = [], train.train_step
+    watched = lambda run, *more: (rates.append([g["lr"] for g in run.optimizer.param_groups]), real(run, *more))[1]
+    monkeypatch.setattr(train, "train_step", watched)
+    more = "--diversify=0 --gate_args=dense=0.6,hard=0.8 --eval_every=3 --eval_batches=1 --save_every=3".split()
+    train.main(flags(corpora, tmp_path, "--gate=dts", "--learning_rate=0.01", *more))
+    by_hand = [0.005, 0.01, 0.01, 0.00868198, 0.0055, 0.00231802]  # half a cosine from 0.01 to 0.001, in 4 steps
+    assert all(len(r) == 2 and r == pytest.approx([want] * 2) for r, want in zip(rates, by_hand, strict=True))
+    told = {e["step"]: e["val_loss"] for e in log(tmp_path) if "val_loss" in e}
+    for step, n in ((6, 0), (3, 1)):
+        run = train.set_up({"out_dir": str(tmp_path), "eval_only": True})
+        assert run.first == step and train.evaluate(run, "val", n)["loss"] == pytest.approx(told[step], rel=1e-5)
+        (tmp_path / f"ckpt_{step:06}.pt").unlink()
 
 
 def test_nan_names_the_step_and_the_last_good_checkpoint(corpora, tmp_path):
