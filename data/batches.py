@@ -204,10 +204,11 @@ def majority(corpus, split, T):
     return np.bincount(classes).max() / len(classes)
 
 
-def unigram_loss(corpus, split):
+def unigram_loss(corpus, split, T):
     """Nats per token of a model that knows only how frequent tokens are: what any model must beat."""
     text, held = corpus.meta["kind"] == "text", corpus.splits[split]
     p = corpus.counts() if text else np.bincount(corpus.splits["train"].tgt, minlength=corpus.V)
     p = (p + 1.0) / (p + 1.0).sum()
-    held = held if text else held.tgt
+    if not text:
+        held = np.concatenate([held.tgt[held.tgt_idx[i] : held.tgt_idx[i + 1]] for i in corpus.pairs(split, T)])
     return float(-np.log(p)[np.asarray(held)].mean())

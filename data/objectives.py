@@ -84,7 +84,7 @@ class Objective:
         return f"left out, no longer than block_size={T} tokens: {', '.join(short)}\n" if short else ""
 
     def to_beat(self, split):
-        loss = batches.unigram_loss(self.corpus, split)
+        loss = batches.unigram_loss(self.corpus, split, self.cfg.block_size)
         return f"{self.left_out()}to beat: {loss:.3f}, the loss of guessing tokens by frequency"
 
     def scores(self, run, split, n):
@@ -151,8 +151,8 @@ class Classification(MaskFilling):
             raise ValueError(f"--dataset={cfg.dataset}: --objective=classify needs two domains or more, the same in "
                              f"each split; there are {classes}")  # fmt: skip
         if short := corpus.too_short("train", cfg.block_size):
-            raise ValueError(f"--dataset={cfg.dataset}: no passage of {cfg.block_size} tokens to learn {short[0]} from: "
-                             "lower --block_size")  # fmt: skip
+            raise ValueError(f"--dataset={cfg.dataset}: no passage of {cfg.block_size} tokens to learn {short[0]} "
+                             "from: lower --block_size")  # fmt: skip
 
     def model(self, cfg, ffn):
         return models.RoBERTa(cfg, self.corpus.V, ffn, self.corpus.tok.mask, len(self.parts("train")))

@@ -891,3 +891,61 @@ def test_bleu_by_hand():
     assert words('Ja, 3,5 km/h! A-b 1-2 "x" l\'été.') == 'Ja , 3,5 km / h ! A-b 1 - 2 " x " l\'été .'.split()
     with pytest.raises(ValueError, match="2 translations but 1 references"):
         corpus_bleu(["a", "b"], ["a"])
+
+
+def test_bleu_of_marked_up_lines_and_of_files(tmp_path):
+    assert words("so-\nme <skipped>text\nin &lt;b&gt; &amp;gt; &quot;1") == 'some text in < b > > " 1'.split()
+    (tmp_path / "references").write_text("the cat is on the mat\n")
+    (tmp_path / "translations").write_text("the cat is on\n")
+    command = [sys.executable, os.path.join(DATA, "bleu.py"), "references", "translations"]
+    assert subprocess.check_output(command, cwd=tmp_path, text=True) == f"BLEU = {100 * np.exp(1 - 6 / 4):.2f}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a slip in the files above would spoil without a word
+
+
+def test_a_pair_seen_once_is_no_token():
+    assert len(bpe.train_bpe(["ab cd"], 300)) == 256 and bpe.train_bpe(["ab", "ab cd"], 300)[256:] == [b"ab"]
+    with pytest.raises(ValueError, match="--vocab_size=259 is too small"):
+        bpe.make_tokenizer("bpe", 259, ["abab"])
+
+
+def test_token_ids_are_checked_to_the_end_of_a_large_file(tmp_path):
+    (np.arange((1 << 22) + 1) >> 22 << 8).astype(np.uint16).tofile(tmp_path / "train.bin")
+    meta = dict(kind="text", dtype="uint16", vocab_size=256, splits=dict(train=dict(tokens=(1 << 22) + 1)))
+    with pytest.raises(ValueError, match="token id 256, beyond the vocabulary of 256"):
+        files.load_split(str(tmp_path), meta, "train")
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "wikitext2"])
+def test_a_tokenizer_knows_the_train_split_only(tmp_path, name):
+    """And each split is the file, or the part of one, that bears its name."""
+    out, texts = tmp_path / "out", {"train": "ab " * 90, "val": "zq " * 10, "test": "xj " * 10}
+    for file, text in zip("train valid test input".split(), [*texts.values(), texts["train"] + texts["val"]]):
+        (tmp_path / f"{file}.txt").write_text(text)
+    script(name).main(options(out, data_dir=str(tmp_path)))
+    assert all(documents(out, split) == [texts[split]] for split in files.load_meta(out)["splits"])
+    assert files.load_tokenizer(out).tokens == bpe.train_bpe([texts["train"]], 396)
+
+
+def test_stdlib_and_its_packages_hold_out_the_same_files(tmp_path, monkeypatch):
+    """Packages train on files of the train split and are tested on all others; tokenizers have seen that split only."""
+    stdlib, out, names = script("stdlib"), tmp_path / "out", [a + b for a in "abcdefgh" for b in "abcdefghij"]
+    codes = {f'{word} = "{word * 10}"\n' for word in names}
+    for word in names:
+        path = tmp_path / "lib" / ("email" if word < "e" else "xml") / f"{word}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""The file {word} says {word} to all who read {word} only."""\n{word} = "{word * 10}"')
+    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    monkeypatch.setattr(stdlib, "help_topics", dict)
+    stdlib.main(options(out, code_bytes=40 * 28, limit=0))  # half of the files
+    train, val, learnt, unseen = (documents(f, split) for f in (out, out / "packages") for split in ("train", "val"))
+    assert set(learnt) == codes & set(train) and set(unseen) == codes - set(train) > codes & set(val)
+    assert all(files.load_tokenizer(f).tokens == bpe.train_bpe(train, 396) for f in (out, out / "packages"))
+
+
+def test_tatoeba_holds_out_any_sources_with_their_first_translations():
+    splits = script("tatoeba").split_by_source([(f"Go {i // 3}.", f"Geh {i}.") for i in range(90)], 5)
+    held_out = [int(de[4:-1]) for split in ("val", "test") for _, de in splits[split]]
+    assert all(i % 3 == 0 for i in held_out) and not set(held_out) <= set(range(30)), "not the first lines: shuffled"

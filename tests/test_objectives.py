@@ -4,18 +4,20 @@ each through train.main on letters that are easy to learn.
 """
 
 import json
+import math
 import re
+from argparse import Namespace
 
 import pytest
 import torch
 
 import dist
 import train
-from data.files import write_text
+from data.files import write_pairs, write_text
 from data.objectives import OBJECTIVES
 from data.samples import score_translations, translate
 from ranks import run_ranks
-from runs import BYTES, config
+from runs import BYTES, config, same
 
 SMALL = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=24 --batch_size=4 --max_steps=4 --warmup=2 --eval_every=0 "
         "--eval_batches=2 --log_every=2 --save_every=0 --n_experts=4 --device=cpu").split()  # fmt: skip
@@ -209,3 +211,104 @@ def test_ranks_translate_like_one_process(letters):
     assert len(one[0]) == 5
     for result in run_ranks(2, ranks_translate, str(letters["pairs"]), 5):
         assert result == one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches, metrics and samples, on corpora small enough to know them by heart
+
+
+def opened(folder, name, learnt, held_out, **more):
+    """An objective on a corpus in bytes: {domain: [document, ...]}, or a list of pairs, for train and for val."""
+    write, langs = (write_text, []) if isinstance(learnt, dict) else (write_pairs, [("en", "de")])
+    write(str(folder), BYTES, *langs, {"train": learnt, "val": held_out}, "a test")
+    more = dict(objective=name, dataset=str(folder), block_size=4, batch_size=2) | more
+    return train.open_objective(config(**more))
+
+
+def run(objective, model, **more):
+    cfg = Namespace(**vars(objective.cfg) | more)
+    return Namespace(model=model, cfg=cfg, mesh=dist.Mesh(), autocast=train.nullcontext())
+
+
+def test_held_out_windows_and_what_is_said_of_them(tmp_path):
+    """Windows side by side within their domains, or some of them, evenly spread; bits per byte; the loss to beat."""
+    held_out = {"low": ["abcdefghijklmnopqrs"], "high": ["ABCDEFGHIJKL"]}  # 20 and 13 tokens
+    objective = opened(tmp_path, "gpt", {"low": ["x" * 30], "high": ["y" * 30]}, held_out)
+    rows = lambda n: [(BYTES.decode(x), BYTES.decode(y), int(domain[0])) for batch in objective.held_out("val", n)
+                      for x, y, domain in zip(batch["x"], batch["y"], batch["domain"]) if (y >= 0).all()]  # fmt: skip
+    x, y = "abcd efgh ijkl mnop ABCD EFGH IJKL", "bcde fghi jklm nopq BCDE FGHI JKL<|endoftext|>"
+    every = list(zip(x.split(), y.split(), [0] * 4 + [1] * 3))
+    assert rows(0) == every and rows(2) == [every[i] for i in (0, 1, 3, 5)] and rows(1) == [every[0], every[3]]
+    assert math.isclose(objective.more_metrics("val", 1.5)["bpb"], 1.5 / math.log(2) * 33 / 31)
+    unigram = (31 * math.log(322) + 2 * math.log(322 / 3)) / 33  # 62 tokens, 2 ends of text, each of 260 once more
+    assert f"to beat: {unigram:.3f}," in objective.to_beat("val")
+
+
+@pytest.mark.parametrize("name", ["gpt", "roberta"])
+def test_training_batches_are_a_function_of_seed_and_step(name, tmp_path):
+    objective = opened(tmp_path, name, {"a": ["abcdefgh" * 50]}, {"a": ["abcdefgh" * 9]}, block_size=16)
+    batch, other = objective.train_batch(3), objective.train_batch(4)
+    assert same(batch, objective.train_batch(3)) and not same(batch["x"], other["x"])
+    assert same(batch["y"] >= 0, other["y"] >= 0) == (name == "gpt"), "another step, other masks"
+    assert all(map(same, objective.held_out("val"), objective.held_out("val")))
+    objective.cfg.seed += 1
+    assert not same(batch, objective.train_batch(3))
+
+
+def test_pairs(tmp_path):
+    """All but those too long come once, in an order of seed and epoch, not of length; then what is said of them."""
+    pairs, long = [(chr(97 + i % 20) * (1 + i // 2), "b") for i in range(40)], [("q" * 24, "b"), ("q", "b" * 24)]
+    objective = opened(tmp_path, "translation", long + pairs, pairs, block_size=23, batch_size=4)
+    texts = lambda batch: [BYTES.decode(ids[ids < BYTES.eot]) for ids in batch["src"]]
+    epoch = lambda n: [texts(objective.train_batch(step)) for step in range(10 * n, 10 * n + 10)]
+    first, order = epoch(0), lambda batches: [sorted(batch) for batch in batches]
+    assert order(first) != order(epoch(1)) and first == epoch(0) and sorted(sum(first, [])) == sorted(dict(pairs))
+    assert first != sorted(first, key=lambda b: len(b[0])) and any(b != sorted(b, key=len) for b in first)
+    objective.cfg.seed += 1
+    assert order(first) != order(epoch(0))
+    objective = opened(
+        tmp_path / "few", "translation", [("aab", "bcc"), ("a", "c")], [("a", "bc"), ("b", "c"), ("a", "b" * 9)]
+    )  # fmt: skip
+    assert [int(objective.counts[i]) for i in (*b"abc", BYTES.eot)] == [3, 2, 3, 4]
+    assert math.isclose(objective.more_metrics("val", 1.5)["bpb"], 1.5 / math.log(2) * 5 / 3)
+    unigram = (2 * math.log(266 / 4) + math.log(266 / 2) + 2 * math.log(266 / 3)) / 5  # targets: c, c, b, two ends
+    assert f"to beat: {unigram:.3f}," in objective.to_beat("val")
+
+
+def test_classes(tmp_path):
+    """Three windows of a, one of b; each class shows a passage of its own; one that no training has is refused."""
+    learnt = {"a": ["a" * 20], "b": ["b" * 20]}
+    objective = opened(tmp_path, "classify", learnt, {"a": ["a" * 13], "b": ["b" * 5]})
+    assert "to beat: accuracy 0.7500" in objective.to_beat("val")
+    lines = objective.sample(run(objective, lambda x: (torch.tensor([[[0.0, 1.0]]]), {})), None)
+    assert re.findall(r"^(\w) +-> b 73 %  a 27 %   '(\w)", lines, re.M) == [("a", "a"), ("b", "b")]
+    with pytest.raises(ValueError, match="classify"):
+        opened(tmp_path, "classify", learnt, {"a": ["a" * 13], "c": ["c" * 5]})
+
+
+def test_guesses_are_ordinary_tokens_and_the_first_is_what_counts(tmp_path):
+    logits = torch.zeros(BYTES.vocab_size)
+    logits[ord("q")], logits[ord("a")], logits[BYTES.eot :] = 3, 2, 9
+    model = lambda x, domain, pick: (logits.expand(int(pick.sum()), -1), {})
+    objective = opened(tmp_path, "roberta", {"a": ["a" * 9]}, {"a": ["a" * 99], "q": ["q" * 99]})
+    assert "'q' 7 %  'a' 3 %  " in objective.sample(run(objective, model), "b<mask>c")  # e^3 / (e^3 + e^2 + 254)
+    assert re.findall(r"\] +(=?) +'(\w)'  ", objective.sample(run(objective, model), None)) == [("", "a"), ("=", "q")]
+
+
+def test_a_text_follows_seed_temperature_and_top_k(tmp_path):
+    objective = opened(tmp_path, "gpt", {"a": ["a" * 9]}, {"a": ["a" * 9]}, sample_tokens=20)
+    model = train.build_model(objective.cfg, objective, dist.Mesh(), 1, 1).eval()
+    text = lambda **more: objective.sample(run(objective, model, **more), "ab")
+    assert text(seed=1) == text(seed=1) != text(seed=2)
+    assert text(temperature=0.0) == text(top_k=1) == text(top_k=1, seed=2) == text(temperature=0.0, seed=2) != text()
+
+
+def test_translations_are_scored_against_their_references(tmp_path):
+    """By a model that, with the beams asked for, copies the source, five words: every other of six pairs that fit."""
+    text = [f"a b c d {i}" for i in range(6)]
+    pairs = [("x" * 40, "z"), *zip(text, [text[0], "z", text[2], "z", text[4] + " e f", "z"])]
+    objective = opened(tmp_path, "translation", pairs, pairs, block_size=20, beams=3)
+    model = Namespace(translate=lambda src, bos, eot, beams: (src.clamp(max=eot * (beams == 3)), None))
+    scores, shown = objective.scores(run(objective, model), "val", 3)
+    assert re.findall(r"^    a b c d (\d)$", shown, re.M) == ["0", "2", "4"] and shown.count("\n -> ") == 1
+    assert math.isclose(scores.pop("bleu"), 100 * math.exp(1 - 17 / 15)) and scores == dict(exact=2 / 3, sentences=3)
