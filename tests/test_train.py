@@ -4,6 +4,7 @@ many processes. (Its flags, messages and signals: test_commands.py.)
 """
 
 import copy
+import functools
 import itertools
 import os
 import re
@@ -26,8 +27,8 @@ import train
 from data import objectives
 from router import gates
 from runs import (
-    LAST, OBJECTIVES, ROOT, assert_close_run, assert_same_run, config, copy_of, flags, free_port, log, newest, run,
-    snapshot,
+    LAST, OBJECTIVES, ROOT, assert_close_run, assert_same_run, config, copy_of, flags, free_port, log, newest, nothing,
+    run, snapshot,
 )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def test_a_student_and_its_teacher_are_compared_in_the_same_precision(corpora, t
 
 
 def train_all(rank, world, runs):
-    """Child process, one rank of `world`: every run (port, flags) in turn."""
+    """Child process, one rank of `world`: every run (port, flags, before) in turn; rank 0 calls before()."""
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
     names = (
@@ -170,14 +171,17 @@ def train_all(rank, world, runs):
         if world > 1
         else {}
     )
-    for port, argv in runs:
+    for port, argv, before in runs:
         os.environ.update({k: str(v) for k, v in names.items()} | {"MASTER_PORT": str(port)})
+        if rank == 0:
+            before()  # the others wait for rank 0 when they join it
         train.main(argv)
 
 
 def on_processes(runs):
-    """{processes: [flags of a run]}: one run after the other on 1, on 2 and on 4 processes, all at the same time."""
-    runs = {world: [(free_port(), argv) for argv in argvs] for world, argvs in runs.items()}
+    """{processes: [(flags, before) of a run]}: one run after the other on 1, on 2 and on 4 processes, all at the same
+    time."""
+    runs = {world: [(free_port(), *run) for run in some] for world, some in runs.items()}
     children = [mp.get_context("fork").Process(target=train_all, args=(r, w, runs[w])) for w in runs for r in range(w)]
     for child in children:
         child.start()
@@ -193,7 +197,12 @@ def test_every_gate_in_the_training_loop(gate, corpora, tmp_path, request):
     meets each of these once; 12 turns (`pytest tests/test_train.py -k every_gate --turns=12`) are the whole product.
     Several processes lose what one with as many routing groups loses; a run taken up in its middle is the uninterrupted
     one bit for bit, with what the gate remembers and its schedules."""
-    whole, again, twins = {1: [], 2: [], 4: []}, {1: [], 2: [], 4: []}, []
+    runs, twins = {1: [], 2: [], 4: []}, []
+
+    def halfway(one, other):
+        """A copy of a run's folder without its last checkpoint."""
+        shutil.copytree(one, other, ignore=shutil.ignore_patterns(LAST))
+
     for turn, o in itertools.product(range(request.config.getoption("--turns")), range(3)):
         i = o + sorted(gates()).index(gate)
         objective, world = OBJECTIVES[o], [1, 2, 4][(i + turn) % 3]
@@ -202,18 +211,15 @@ def test_every_gate_in_the_training_loop(gate, corpora, tmp_path, request):
         argv = [f"--gate={gate}", *"--n_experts=4 --insist --save_every=3 --beams=1".split(),
                 *"--bleu_sentences=1 --eval_batches=1 --sample_tokens=2".split(), *mode]  # fmt: skip
         name = lambda kind: tmp_path / kind / f"{objective}-{world}-{turn}"
-        whole[world].append(
-            flags(corpora, name("whole"), *argv, *["--dropout=0.1"] * (world == 1), objective=objective)
-        )
-        again[world].append([f"--out_dir={name('again')}", "--init_from=resume"])
+        whole, again, drop = name("whole"), name("again"), ["--dropout=0.1"] * (world == 1)
+        runs[world] += [
+            (flags(corpora, whole, *argv, *drop, objective=objective), nothing),
+            ([f"--out_dir={again}", "--init_from=resume"], functools.partial(halfway, whole, again)),
+        ]
         if world > 1:
-            twins.append((name("twin"), name("whole"), 0.02 if "--dtype=bfloat16" in mode else 1e-4))
-            whole[1].append(flags(corpora, name("twin"), *argv, f"--groups={world}", objective=objective))
-    on_processes(whole)
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    for last in tmp_path.glob(f"again/*/{LAST}"):
-        last.unlink()
-    on_processes(again)
+            twins.append((name("twin"), whole, 0.02 if "--dtype=bfloat16" in mode else 1e-4))
+            runs[1].append((flags(corpora, name("twin"), *argv, f"--groups={world}", objective=objective), nothing))
+    on_processes(runs)
     for run in (tmp_path / "whole").iterdir():
         assert newest(tmp_path / "again" / run.name)["step"] == 6
         assert_same_run(run, tmp_path / "again" / run.name)
