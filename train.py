@@ -121,7 +121,7 @@ class Config:
     ep: int = flag(0, "expert-parallel processes; 0: as many as divide both the processes and the experts", 0)
     ranks_per_node: int = flag(0, "processes per node; 0: torchrun's; fewer play several nodes on one machine", 0)
     two_level: bool = flag(False, "all-to-all inside nodes first, then between them")
-    shard_by_domain: bool = flag(False, "each node reads domains of its own from the corpus (locality-aware gates need that)")
+    shard_by_domain: bool = flag(False, "each node reads domains of its own (locality-aware gates need that)")
     timeout: int = flag(600, "seconds until a collective that hangs is given up", 1, 10**6)
 
 
