@@ -49,9 +49,8 @@ def staging(folder):
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as tmp:
         yield tmp
-        meta = os.path.join(folder, "meta.json")
-        if os.path.exists(meta):
-            os.remove(meta)  # from here to the last line the folder counts as not prepared
+        with contextlib.suppress(FileNotFoundError):  # from here to the last line the folder counts as not prepared
+            os.remove(os.path.join(folder, "meta.json"))
         for name in sorted(os.listdir(tmp), key=lambda name: name == "meta.json"):
             os.replace(os.path.join(tmp, name), os.path.join(folder, name))
 
