@@ -45,7 +45,7 @@ def staging(folder):
         raise OSError(f"cannot write to {folder} ({e.strerror}): name another folder with --out_dir=FOLDER") from None
     for left in glob.glob(os.path.join(glob.escape(folder), ".partial-*")):  # of a killed prepare, or of one at work
         with contextlib.suppress(OSError):  # it has just ended
-            if time.time() - max(map(os.path.getmtime, [left, *glob.glob(os.path.join(left, "*"))])) > 600:
+            if time.time() - max(map(os.path.getmtime, [left, *glob.glob(os.path.join(glob.escape(left), "*"))])) > 600:
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as tmp:
         yield tmp
