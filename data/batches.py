@@ -108,11 +108,11 @@ def random_starts(corpus, cfg, rng, n_nodes):
                              "without: --shard_by_domain=false")  # fmt: skip
         micro = B // cfg.grad_accum
         node = np.arange(B) % micro * n_nodes // micro
-        own = np.arange(len(domains)) % n_nodes == node[:, None] % len(domains)  # (B, domains)
-        ends = (own * room).cumsum(1)  # a node's windows, one domain after the other
+        own = room * (np.arange(len(domains)) % n_nodes == node[:, None] % len(domains))  # (B, domains)
+        ends = own.cumsum(1)  # a node's windows, one domain after the other
         at = (rng.random(B) * ends[:, -1]).astype(int)
         which = (at[:, None] >= ends).sum(1)
-        return first[which] + at - (ends - own * room)[np.arange(B), which]
+        return first[which] + at - (ends - own)[np.arange(B), which]
     return first[which] + (rng.random(B) * room[which]).astype(int)
 
 

@@ -13,7 +13,6 @@ What goes wrong raises an OSError or ValueError whose message is one line: the f
 
 import base64
 import contextlib
-import glob
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,9 +43,9 @@ def staging(folder):
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
         raise OSError(f"cannot write to {folder} ({e.strerror}): name another folder with --out_dir=FOLDER") from None
-    for left in glob.glob(os.path.join(glob.escape(folder), ".partial-*")):  # of a killed prepare, or of one at work
+    for left in Path(folder).glob(".partial-*"):  # of a killed prepare, or of one at work
         with contextlib.suppress(OSError):  # it has just ended
-            if time.time() - max(map(os.path.getmtime, [left, *glob.glob(os.path.join(glob.escape(left), "*"))])) > 600:
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > 600:
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as tmp:
         yield tmp
