@@ -72,7 +72,7 @@ class Corpus:
         fit = self.pairs(split, T)
         if len(fit) == s["pairs"]:
             return s["tgt_bytes"] / s["tgt_tokens"]
-        sentences = [p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1]].tolist() for i in fit]
+        sentences = [p.target(i).tolist() for i in fit]
         return sum(len(self.tok.decode(ids[:-1]).encode()) for ids in sentences) / sum(map(len, sentences))
 
 
@@ -147,8 +147,8 @@ def pair_batch(corpus, split, which):
     """Translation: sentence pairs `which` -> src (B, S), x (B, T) = <|bos|> + target, y (B, T) = target +
     <|endoftext|>, padded to the longest of the batch."""
     p, tok = corpus.splits[split], corpus.tok
-    src = [torch.from_numpy(p.src[p.src_idx[i] : p.src_idx[i + 1]].astype(np.int64)) for i in which]
-    tgt = [torch.from_numpy(p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1]].astype(np.int64)) for i in which]
+    src = [torch.from_numpy(p.source(i).astype(np.int64)) for i in which]
+    tgt = [torch.from_numpy(p.target(i).astype(np.int64)) for i in which]
     x = [torch.cat([torch.tensor([tok.bos]), t[:-1]]) for t in tgt]
     return dict(src=pad(src, tok.pad), x=pad(x, tok.pad), y=pad(tgt, -1))
 
@@ -210,5 +210,5 @@ def unigram_loss(corpus, split, T):
     p = corpus.counts() if text else np.bincount(corpus.splits["train"].tgt, minlength=corpus.V)
     p = (p + 1.0) / (p + 1.0).sum()
     if not text:
-        held = np.concatenate([held.tgt[held.tgt_idx[i] : held.tgt_idx[i + 1]] for i in corpus.pairs(split, T)])
+        held = np.concatenate([held.target(i) for i in corpus.pairs(split, T)])
     return float(-np.log(p)[np.asarray(held)].mean())

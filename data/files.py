@@ -265,12 +265,18 @@ def open_tokens(path, meta, length):
 
 
 class Pairs(NamedTuple):
-    """Sentence i of a translation split: src[src_idx[i]:src_idx[i + 1]] with its <|endoftext|>; tgt alike."""
+    """A translation split: all sentences' tokens, each sentence with its <|endoftext|>, and where they start."""
 
     src: np.ndarray
     src_idx: np.ndarray
     tgt: np.ndarray
     tgt_idx: np.ndarray
+
+    def source(self, i):
+        return self.src[self.src_idx[i] : self.src_idx[i + 1]]
+
+    def target(self, i):
+        return self.tgt[self.tgt_idx[i] : self.tgt_idx[i + 1]]
 
 
 def load_split(folder, meta, split):

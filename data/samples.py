@@ -138,8 +138,8 @@ def score_translations(model, corpus, split, n, cfg, mesh, autocast):
     that equal the reference, "sentences"}, and some of them as text."""
     p, fit = corpus.splits[split], corpus.pairs(split, cfg.block_size)
     which = [fit[i * len(fit) // n] for i in range(n)] if 0 < n < len(fit) else fit
-    sources = [p.src[p.src_idx[i] : p.src_idx[i + 1]].tolist() for i in which]
-    references = [corpus.tok.decode(p.tgt[p.tgt_idx[i] : p.tgt_idx[i + 1] - 1]) for i in which]
+    sources = [p.source(i).tolist() for i in which]
+    references = [corpus.tok.decode(p.target(i)[:-1]) for i in which]
     texts = translate(model, corpus, sources, cfg, mesh, autocast)
     shown = ["source, reference (= the translation too), -> translation"]
     for i in range(0, len(texts), -(-len(texts) // 6)):
