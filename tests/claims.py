@@ -261,6 +261,12 @@ CLAIMS = {
         {"dense": "--n_experts=1"} | {f"E {E}": f"--n_experts={E} --gate=switch" for E in (2, 4, 8, 16, 32)}
         | {f"E 8, {n} steps": f"--n_experts=8 --gate=switch --max_steps={n}" for n in (300, 400, 500)},
         ("E 32", "dense")),
+    "capacity": Claim(
+        "hardly more slots than the fair share are enough: capacity factors of 1 to 1.25 (Switch, table 1)",
+        {"dropless": "--gate=switch"} | {f"factor {c}": f"--gate=switch --capacity_factor={c}" for c in (2, 1.25, 1, 0.75)},
+        ("factor 1.25", "dropless"), "",
+        LOSS | {"dropped": lambda log: statistics.mean(e.get("dropped", 0.0) for e in training(log)),
+                "dropped at the end": at_the_end("dropped")} | COST),
     "pays": Claim(
         "a mixture learns more than the dense model in the same time",
         at_equal_time({m: METHODS[m] for m in ("dense", "switch", "hash")}), ("switch, dense's time", "dense")),

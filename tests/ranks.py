@@ -1,11 +1,8 @@
 """run_ranks: a function on W forked processes with a gloo group, in a fraction of a second a launch."""
 
-import random
-import socket
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,14 +14,17 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for bench.py, which pytest does not start
 
 
-def free_port():
-    """A port for a master that is started later. It lies below the range from which systems deal out the other ends of
-    connections (gloo's, for one), so that none of those takes it in the meantime."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 30_000)
-        with socket.socket() as s, suppress(OSError):
-            s.bind(("localhost", port))
-            return port
+def meeting_point():
+    """The store in which the processes of a run meet, kept here as torchrun's agent keeps it: nobody waits for rank 0
+    to open one. It must live as long as they do."""
+    return td.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def environment(rank, world, port):
+    """What torchrun tells a process on one machine. port: of the meeting point."""
+    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost",
+                 MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE=True)  # fmt: skip
+    return {name: str(value) for name, value in names.items()} if world > 1 else {}
 
 
 def _child(rank, world, folder, timeout, fn, args):

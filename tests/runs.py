@@ -23,7 +23,7 @@ import torch
 import torch._dynamo  # noqa: F401  AdamW imports it, 3 s: once here instead of once in every child
 import torch.multiprocessing as mp
 
-from ranks import free_port
+from ranks import environment, meeting_point
 import dist
 import train
 from data import objectives
@@ -97,12 +97,10 @@ class Command:
     """`python train.py ARGV` in `folder`, or `world` > 1 of them as torchrun would start them."""
 
     def __init__(self, argv, folder, world=1, before=nothing, env={}):
-        fork, port, self.said = mp.get_context("fork"), free_port(), tempfile.TemporaryDirectory()
+        fork, self.store, self.said = mp.get_context("fork"), meeting_point(), tempfile.TemporaryDirectory()
         self.processes = []
         for rank in range(world):
-            names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost",
-                         MASTER_PORT=port) if world > 1 else {}  # fmt: skip
-            names = {key: str(value) for key, value in names.items()} | env
+            names = environment(rank, world, self.store.port) | env
             args = argv, folder, f"{self.said.name}/{rank}", names, before
             self.processes.append(fork.Process(target=as_script, args=args))
             self.processes[-1].start()

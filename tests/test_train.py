@@ -26,9 +26,10 @@ import evomoe
 import train
 from data import objectives
 from router import gates
+from ranks import environment, meeting_point
 from runs import (
-    LAST, OBJECTIVES, ROOT, assert_close_run, assert_same_run, config, copy_of, flags, free_port, log, newest, nothing,
-    run, snapshot,
+    LAST, OBJECTIVES, ROOT, assert_close_run, assert_same_run, config, copy_of, flags, log, newest, nothing, run,
+    snapshot,
 )  # fmt: skip
 
 
@@ -166,13 +167,8 @@ def train_all(rank, world, runs):
     """Child process, one rank of `world`: every run (port, flags, before) in turn; rank 0 calls before()."""
     torch.set_num_threads(1)
     sys.stdout = open(os.devnull, "w")
-    names = (
-        dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost")
-        if world > 1
-        else {}
-    )
     for port, argv, before in runs:
-        os.environ.update({k: str(v) for k, v in names.items()} | {"MASTER_PORT": str(port)})
+        os.environ.update(environment(rank, world, port))
         if rank == 0:
             before()  # the others wait for rank 0 when they join it
         train.main(argv)
@@ -181,7 +177,8 @@ def train_all(rank, world, runs):
 def on_processes(runs):
     """{processes: [(flags, before) of a run]}: one run after the other on 1, on 2 and on 4 processes, all at the same
     time."""
-    runs = {world: [(free_port(), *run) for run in some] for world, some in runs.items()}
+    stores = {world: [meeting_point() for _ in some] for world, some in runs.items()}
+    runs = {w: [(store.port, *run) for store, run in zip(stores[w], runs[w])] for w in runs}
     children = [mp.get_context("fork").Process(target=train_all, args=(r, w, runs[w])) for w in runs for r in range(w)]
     for child in children:
         child.start()
@@ -194,12 +191,12 @@ def on_processes(runs):
 @pytest.mark.parametrize("gate", sorted(gates()))
 def test_every_gate_in_the_training_loop(gate, corpora, tmp_path, request):
     """Three objectives x 1, 2 and 4 processes x with and without capacity x float32 and bfloat16. In one turn each gate
-    meets each of these once (4 processes every third gate); 12 turns (`pytest tests/test_train.py -k every_gate
-    --turns=12`) are the whole product. Several processes lose what one with as many routing groups loses; a run taken
-    up in its middle (with one turn not on 4 processes) is the uninterrupted one bit for bit, with what the gate
-    remembers and its schedules."""
+    meets every objective, one of them on 2 processes (every fourth gate: on 4); 12 turns (`pytest
+    tests/test_train.py -k every_gate --turns=12`) are the whole product. Several processes lose what one with as many
+    routing groups loses; a run taken up in its middle (with one turn two of the three) is the uninterrupted one bit for
+    bit, with what the gate remembers and its schedules."""
     runs, twins, turns, at = {1: [], 2: [], 4: []}, [], request.config.getoption("--turns"), sorted(gates()).index(gate)
-    most = 4 if turns > 1 or at % 3 == 0 else 2
+    worlds = [1, 2, 4] if turns > 1 else [1, 2 if at % 4 else 4, 1]
 
     def halfway(one, other):
         """A copy of a run's folder without its last checkpoint."""
@@ -207,7 +204,7 @@ def test_every_gate_in_the_training_loop(gate, corpora, tmp_path, request):
 
     for turn, o in itertools.product(range(turns), range(3)):
         i = o + at
-        objective, world = OBJECTIVES[o], [1, 2, most][(i + turn) % 3]
+        objective, world = OBJECTIVES[o], worlds[(i + turn) % 3]
         mode = [["--capacity_factor=0.7"], ["--dtype=bfloat16"]]
         mode = [[], *mode, mode[0] + mode[1]][(i + turn // 3) % 4]
         argv = [f"--gate={gate}", *"--n_experts=4 --insist --save_every=3 --beams=1".split(),
@@ -441,6 +438,7 @@ def test_torchrun_recovers_from_a_killed_worker(trained, corpora, tmp_path):
             [*torchrun, str(ROOT / "train.py"), *argv], stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
     text = lambda: (tmp_path / "stdout.txt").read_text()
+    train.main([*argv, f"--out_dir={tmp_path / 'one'}"])  # while the others import torch
     end = time.time() + 90
     while "step    20/" not in text():
         assert time.time() < end and launch.poll() is None, text()[-3000:]
@@ -449,5 +447,4 @@ def test_torchrun_recovers_from_a_killed_worker(trained, corpora, tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     assert launch.wait(120) == 0, text()[-3000:]
     assert re.search(r"loaded \S+ckpt_0000[1-9]0.pt", text()), text()[-3000:]
-    train.main([*argv, f"--out_dir={tmp_path / 'one'}"])
     assert_close_run(tmp_path / "one", tmp_path / "out", tol=1e-3)
