@@ -27,7 +27,7 @@ from ranks import environment, meeting_point
 import dist
 import train
 from data import objectives
-from data.bpe import Tokenizer
+from data.bpe import make_tokenizer
 from data.files import write_pairs, write_text
 
 ROOT = Path(train.__file__).parent
@@ -35,7 +35,7 @@ TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max
         "--eval_batches=2 --log_every=1 --save_every=0 --sample_tokens=5 --bleu_sentences=2 --beams=2 "
         "--device=cpu").split()  # fmt: skip
 OBJECTIVES = [name for name, objective in objectives.OBJECTIVES.items() if not objective.continues]
-BYTES = Tokenizer("bytes", [bytes([i]) for i in range(256)])
+BYTES = make_tokenizer("bytes", 0, ())
 LAST, FIRST = "ckpt_000006.pt", "ckpt_000003.pt"  # checkpoints of the fixture `trained`
 
 
