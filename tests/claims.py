@@ -183,6 +183,8 @@ METHODS = {
     "evomoe": "--gate=dts",
     "evomoe_id": "--gate=dts --gate_args=reads=id",
 }
+CAUSAL = ("soft topk switch gshard noisytopk topp deepseekv3 dts remoe dselectk comet hash randomrouted stablemoe base "
+          "locmoe locmoeplus skip gumbelmatching")  # fmt: skip
 
 
 def few_labels(out, sizes=(50, 200, 1000), T=64):
@@ -240,6 +242,9 @@ CLAIMS = {
     "evomoe_translation": Claim(
         "the same for translation", at_equal_time(METHODS), ("evomoe", "switch"), "--objective=translation",
         LOSS | {"BLEU": bleu} | COST),
+    "gates": Claim(
+        "every gate in the same run; a fixed table rivals learned routing (Hash)",
+        {"dense": METHODS["dense"]} | {gate: f"--gate={gate}" for gate in CAUSAL.split()}, ("hash", "switch")),
     "parts": Claim(
         "both phases of EvoMoE matter: one expert first, and dense to sparse",
         {"switch": "--gate=switch", "switch after the spawn": "--gate=switch --diversify=0.05",

@@ -11,6 +11,7 @@ import pytest
 
 import claims
 import evomoe
+import router
 import toys
 import train
 from data import files
@@ -47,6 +48,8 @@ SOME = {  # contestants that are enough to see a claim work
     "switch": "dense|E 2|E 32",
     "map": "switch E 32|evomoe E 32",
     "pays": "dense|switch|switch, dense's time",
+    "gates": "switch|hash",
+    "capacity": "dropless|factor 1.25",
     "locmoeplus": "floor 1 .never fewer.|floor 0.25",
     "pretraining": "roberta|tuned, 200 labels|scratch, 200 labels",
 }
@@ -79,6 +82,12 @@ def test_locmoe_sends_rows_between_its_nodes(options, corpora, monkeypatch):
     options.methods, options.seeds, options.flags = "locmoe 1", 1, options.flags + f" --dataset={corpora['gpt']}"
     ((log,),) = claims.run_claim("locmoe", claims.CLAIMS["locmoe"], options).values()
     assert 0 < claims.between_nodes(log) < 1
+
+
+def test_every_causal_gate_takes_part():
+    assert ["dense", *(name for name in router.gates() if name != "expertchoice")] == [
+        *claims.CLAIMS["gates"].contestants
+    ]
 
 
 def test_verdicts():
