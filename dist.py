@@ -454,14 +454,14 @@ def exchange(x, c, mesh):
     for another slot goes there first. Rows that stay on the node pass through the second call as well, as what a rank
     sends to itself. That is a copy in memory, no message (gloo, 8 MB: 2.7 ms to itself, 7.2 ms to another process).
     """
-    r, m = mesh.ep_rank, mesh.ranks_per_node
+    rank, slots = mesh.ep_rank, mesh.ranks_per_node
     if not mesh.two_level or "inter" not in mesh.process_groups:
-        return send(x, c[r], c[:, r], mesh.process_groups["ep"])
-    a, b = divmod(r, m)
-    c = c.reshape(mesh.ep // m, m, mesh.ep // m, m)
-    held = c[a, :, :, b]  # (slot, node')
-    x = send(swap(x, c[a, b]), c[a, b].sum(0), held.sum(1), mesh.process_groups["intra"])
-    return send(swap(x, held), held.sum(0), c[:, :, a, b].sum(1), mesh.process_groups["inter"])
+        return send(x, c[rank], c[:, rank], mesh.process_groups["ep"])
+    node, slot = divmod(rank, slots)
+    c = c.reshape(mesh.ep // slots, slots, mesh.ep // slots, slots)  # rows from (node, slot) to (node', slot')
+    mine, held = c[node, slot], c[node, :, :, slot]  # (node', slot'); (slot, node'): what my node has for my slot
+    x = send(swap(x, mine), mine.sum(0), held.sum(1), mesh.process_groups["intra"])
+    return send(swap(x, held), held.sum(0), c[:, :, node, slot].sum(1), mesh.process_groups["inter"])
 
 
 def to_owner(x, sizes, mesh):

@@ -155,14 +155,14 @@ def grow(old, old_optimizer, new, new_optimizer, cfg, scores=None):
     for --spawn=importance. No communication: every rank has the first expert and makes its own children.
     """
     ancestors = dict(old.named_parameters())
-    heirs = {}  # name in new -> function from a tensor of the ancestor's to the child's
+    heirs = {}  # name in new -> for each child a function from a tensor of the ancestor's to the child's
     moes = [(name, m) for name, m in new.named_modules() if isinstance(m, MoE)]
     with torch.no_grad():
-        for layer, (name, moe) in enumerate(moes):
+        for nth, (name, moe) in enumerate(moes):
             e0, first = old.get_submodule(name), moe.experts.first
             width = moe.experts.w1.shape[1]
             neurons = split(scores[name], cfg.n_experts, width, cfg.spawn_ratio) if scores else None
-            born = [offspring(e0, layer, first + i, cfg, neurons) for i in range(moe.experts.n)]
+            born = [offspring(e0, nth, first + i, cfg, neurons) for i in range(moe.experts.n)]
             if moe.shared:
                 moe.shared.w2.zero_()  # it has no ancestor: silent at first, so that the function is the one before
             for weight in born[0]:
@@ -193,15 +193,15 @@ class Child(NamedTuple):
     heir: Callable[[torch.Tensor], torch.Tensor]
 
 
-def offspring(e0, layer, e, cfg, neurons=None):
-    """Expert e (global number) of a layer, grown from e0 (Experts with n = 1): {weight name: Child}.
+def offspring(e0, nth, e, cfg, neurons=None):
+    """Expert e (global number) of the model's nth mixture, grown from e0 (Experts with n = 1): {weight name: Child}.
 
     mask        each weight is zero with probability ratio, in this child only
     noise       plus normal noise, ratio times the weights' own standard deviation
     copy        nothing changes: sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055)
     importance  the child's own selection of e0's hidden neurons, see split
     """
-    rng = torch.Generator().manual_seed(expert_seed(cfg.seed, layer, e))
+    rng = torch.Generator().manual_seed(expert_seed(cfg.seed, nth, e))
     born = {}
     for name, p in e0.named_parameters():  # w1 (1, H, D), w2 (1, H, D), b1 (1, H), b2 (1, D)
         heir, noise = (lambda t: t[0].clone()), 0.0

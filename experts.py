@@ -49,7 +49,8 @@ def every_expert(x, G, experts):
 
 
 def expert_seed(seed, layer, e):
-    """Of expert e (global number) of a layer: even, for what its spawn draws; the odd one after it is its weights'."""
+    """The seed of expert e (global number) of a layer: an even number, from which the spawn draws; the odd one after it
+    is for the expert's own weights."""
     return ((seed * 1009 + layer) * 1009 + e % 1009) * 2 + (e // 1009 << 58)
 
 
@@ -77,7 +78,7 @@ class Experts(nn.Module):
     def init(self, seed, layer, std1, std2):
         """Normal weights. Each expert draws from its own generator, keyed by its global number: the same experts
         whatever the number of ranks, and expert 0 is the FFN that a dense model would have here. w1 is drawn as
-        (D, H): the order decides which seed gives which weights, and nothing else."""
+        (D, H), only so that a seed goes on giving the weights that it gave when w1 was stored like that."""
         for i in range(self.n):
             rng = torch.Generator().manual_seed(expert_seed(seed, layer, self.first + i) + 1)
             self.w1[i] = torch.empty(self.w1[i].t().shape).normal_(0, std1, generator=rng).t()  # as (D, H)
@@ -217,7 +218,7 @@ class MoE(nn.Module):
         live = None if live is None else live.reshape(-1)
         index = None if live is None else live.nonzero()[:, 0]  # of the rows that are no padding
         domain = None if domain is None else without_padding(domain.reshape(-1), index)
-        place = self.where(flat, live, index, domain)
+        place = self.place_of(flat, live, index, domain)
         y, aux = self.route(without_padding(flat, index), without_padding(ids.reshape(-1), index), place)
         if "log_prob" in aux:
             aux["log_prob"] = with_padding(aux["log_prob"], index, len(flat)).view(shape[:-1])
@@ -232,13 +233,16 @@ class MoE(nn.Module):
         self.stats = {"asked": (routing.G.detach() != 0).sum(0), "tokens": len(x), **sent}  # asked: before the drop
         return y, dict(routing.aux)
 
-    def where(self, x, live, index, domain):
+    def place_of(self, x, live, index, domain):
         """Where these rows stand in the global batch: rank r holds rows r * n to (r + 1) * n, padding included."""
         mesh, n, device = self.mesh, len(x), x.device
         rows = index
         if mesh.world > 1:
             rows = (torch.arange(n, device=device) if index is None else index) + mesh.rank * n
-        sizes = [len(index)] if index is not None and self.groups == 1 else group_sizes(n, live, self.groups)
+        if index is not None and self.groups == 1:
+            sizes = [len(index)]  # known already; group_sizes would wait for the device
+        else:
+            sizes = group_sizes(n, live, self.groups)
         node = near = None
         if mesh.n_nodes > 1:  # several nodes, real (mesh) or played by the groups of one process
             of_group = [mesh.node if mesh.world > 1 else g * mesh.n_nodes // self.groups for g in range(self.groups)]
@@ -290,11 +294,12 @@ def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
     weights at the start. offered: what a gate's constructor may ask for: V (number of token ids), counts (V,) of the
     training text, n_domains, steps (from the moment that the mixture exists to the end of the run).
     """
-    mesh, hidden, std = mesh or Mesh(), cfg.n_hidden or 4 * cfg.n_embd, (std, std / math.sqrt(2 * cfg.n_layer))
+    mesh, hidden = mesh or Mesh(), cfg.n_hidden or 4 * cfg.n_embd
+    stds = std, std / math.sqrt(2 * cfg.n_layer)  # of w1, of w2
     alike = dict(bias=cfg.bias, dropout=cfg.dropout, activation=cfg.activation)
     if cfg.n_experts == 1 or not is_moe:
         ffn = Experts(1, cfg.n_embd, hidden, **alike)
-        ffn.init(cfg.seed, layer, *std)
+        ffn.init(cfg.seed, layer, *stds)
         return ffn
     with torch.random.fork_rng(devices=[]):  # the gate's own stream: the rest of the model is not disturbed
         torch.manual_seed(cfg.seed * 1000 + layer)
@@ -309,10 +314,10 @@ def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
         )
     mine = cfg.n_experts // mesh.ep  # experts on this rank
     experts = Experts(mine, cfg.n_embd, cfg.expert_hidden or hidden, **alike, first=mesh.ep_rank * mine, sharded=True)
-    experts.init(cfg.seed, layer, *std)
+    experts.init(cfg.seed, layer, *stds)
     shared = Experts(1, cfg.n_embd, cfg.shared_hidden, **alike, first=cfg.n_experts) if cfg.shared_hidden else None
     if shared:
-        shared.init(cfg.seed, layer, *std)
+        shared.init(cfg.seed, layer, *stds)
     return MoE(gate, experts, mesh, cfg.capacity_factor, cfg.drop_order, cfg.groups, shared)
 
 

@@ -53,7 +53,7 @@ class Routing(NamedTuple):
 
     G         (N, E) float, combine weights; exactly 0 where token n is not sent to expert e
     aux       {name: scalar}, raw losses of this layer; Gate.loss_weights says which of them join the task loss. One
-              name is special: "log_prob" (N,), log p of each token's sampled choice, see score_function_term
+              name is special: "log_prob" (N,), weight times log p of a token's sampled choice, see score_function_term
     priority  (N, E) or None: who keeps a slot when an expert is full, higher first (None: the gate's drop_order)
     capacity  slots per expert: an int, an (E,) tensor, an (N, E) tensor with equal rows in each routing group, or None
               (the layer's capacity factor decides)
@@ -125,6 +125,9 @@ class Place:
     On one process a gate sees the whole batch and all of this is trivial. With several, each rank routes its own rows:
     statistics that a paper takes over "the batch" go through mean(), noise through rand(), and assignments that couple
     tokens (balanced assignment, expert choice, capacity) through per_group(): one group per rank, as in GShard.
+
+    The global batch is what all ranks hold in this call: with --grad_accum a micro-batch of it. Sums over a whole step
+    are collected until Gate.update.
 
     n        rows of this call; rows (n,) their global numbers (None: 0..n-1); total: rows in the global batch, padding
              included
@@ -411,8 +414,8 @@ class NoisyTopK(Gate):
 
         H = x W^T + N(0, 1) * (softplus(x W_noise^T) + 1e-2)    eq. 4, noise in training only
         G = softmax over the k largest of H, 0 elsewhere        eq. 3, 5
-        importance = CV(sum_n G)^2                              eq. 6
-        load = CV(sum_n P(expert e would be in the top k if its own noise were drawn again))^2    eq. 8 to 10
+        importance = CV(sum_n G)^2                              eq. 6, 7
+        load = CV(sum_n P(expert e would be in the top k if its own noise were drawn again))^2    eq. 8 to 11
 
     W and W_noise start at zero, so that the start is balanced by noise alone. The softmax runs after the selection;
     for k = 1 that weight would be a constant 1, so there we take the full softmax of H instead. The 1e-2 and the
@@ -490,7 +493,8 @@ class DeepSeekV3(Gate):
     itself: divided by its sum it would be 1, without a gradient. expert_groups > 1 limits where a token may go: experts
     form equal groups (nodes), a group's score is the sum of its two largest s + b, and the best keep_groups compete.
     gamma becomes 0 after the share `anneal` of the run (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8 groups,
-    route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden); their code's defaults are ours.
+    route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden). expert_groups, keep_groups and
+    route_scale have the defaults of their code.
 
     rule=quantile takes no step size (Jianlin Su, kexue.fm/archives/11619, 2026; used by Kimi K3): b_e moves by just so
     much that, if no other moved, k N / E tokens had expert e above the score s + b that comes next after their k best.
@@ -590,11 +594,13 @@ class ExpertChoice(Gate):
     def slots(self, n):
         return math.ceil(self.k * n / self.E)
 
+    def take(self, p):
+        """One group: p (n, E) -> (n, E), 1 where expert e is given token n."""
+        return torch.zeros_like(p).scatter(0, p.topk(self.slots(len(p)), dim=0).indices, 1)
+
     def forward(self, x, ids):
         p = linear(x, self.weight).softmax(1)
-        taken = self.place.per_group(
-            lambda p: torch.zeros_like(p).scatter(0, p.topk(self.slots(len(p)), dim=0).indices, 1), p.detach()
-        )
+        taken = self.place.per_group(self.take, p.detach())
         return Routing(p * taken, {}, capacity=self.slots(max(self.place.sizes)))
 
 
@@ -621,7 +627,7 @@ class DTS(Gate):
     without a gradient. A dropped expert gets no gradient, but comes back when its score does: it is part of the others'
     softmax. More knobs:
         noise    none; annealed (s from 1 to 0 over the dense phase); constant (s = 1). None at evaluation
-        init     scale of W; 1 gives logits of unit variance
+        init     scale of W, not of the table by id; 1 gives logits of unit variance
         reads    content; or id: the logits are a learned table by token id, what Hash reads
     The paper cools a noisy gate under a fixed bar: tau_max=2, tau_min=0.3, noise=constant, tighten=0.001. With constant
     noise the choice stays a sample of softmax(x W^T) at any tau. tests/RESULTS.md: what each knob was worth.
@@ -706,8 +712,8 @@ class ReMoE(Gate):
     lambda starts at 1e-8 and is felt after 60 to 100 steps; then the number of experts falls to k, a mean over tokens,
     and no capacity fits before. Traps: a token may get no expert at all (a row of zeros: it passes by this layer). What
     is off has no gradient and comes back with a change of x only: our default with k = 1 overshot at step 85 and was at
-    0.7 from 200 to 300. W has no bias: it closes an expert because the tokens' vectors have a
-    common mean; without one, half of the scores would stay positive.
+    0.7 from 200 to 300. W has no bias: it can close an expert because
+    the tokens' vectors have a common mean; had they none, half of the scores would stay positive.
     The authors share one lambda between the layers, which so may differ in their experts per token; a gate knows one
     layer. At sign 0 their code lowers lambda, the paper and we leave it. It stays between its start and 1000: ours.
 
@@ -765,7 +771,8 @@ class DSelectK(Gate):
 
     Starts dense and ends with at most k experts per token, once all bits are saturated: use it without capacity. Codes
     above E - 1 hold mass when E is no power of two, so rows sum to 1 or less; they are not renormalised.
-    static=True drops x: all tokens share one row. z starts in U(+-gamma/100), so that no bit is saturated.
+    static=True drops x: all tokens share one row. W and b start in U(+-gamma/100): z has then a standard deviation of
+    gamma sqrt(D) / 170, and hardly a bit is saturated.
         entropy     mean_n sum_j H(r_j), hardens the bits. Authors' code: 1e-6 times the sum over the batch; we take the
                     mean, as COMET does, with 0.01 (the same at 10k tokens)
         reciprocal  mean_n sum_j 1 / (1e-6 + sum_e r_j(e)), pulls mass off unused codes, if any; k at best. Authors'
@@ -1111,7 +1118,7 @@ class LocMoEPlus(Gate):
     """Both sides choose, and experts need ever fewer tokens (LocMoE+, or Expert-Token Resonance, arXiv:2406.00023).
 
         affinity[n, e] = cos(x_n, w_e)                      w_e: the pooling rows of LocMoE; no parameters
-        1. each token chooses its k best experts            G = softmax(sqrt(D) * affinity) over the chosen
+        1. each token chooses its k best experts            G = softmax(sqrt(D) * affinity), divided by its sum if k > 1
         2. each expert keeps the C_e best of its choosers   the layer drops: priority = affinity, capacity = C
         C_e = the fewest best choosers whose affinities add up to C0 * a,   C0 = capacity_factor * k N / E full slots
         a   = the lowest mean affinity of a batch so far;   C_e is clipped to [floor * C0, C0]
@@ -1204,7 +1211,7 @@ class Skip(Gate):
         z_n ~ p_n = softmax(x W^T);  a full expert keeps a uniformly random c of its n_j tokens, c = ceil(factor N / E)
         G[n, z_n] = n_j / min(n_j, c) for survivors, 0 for skipped tokens
 
-    The expectation of G over the survivors is the one-hot sample: it does not feel the capacity. The gate drops by
+    Averaged over who survives, G is the one-hot sample: it does not feel the capacity. The gate drops by
     itself, per routing group, and leaves nothing for the layer to drop. G carries no gradient to W (a hard mixture has
     weight 1); aux["log_prob"] = G * log p(z) does, times the advantage (`score_function_term`), with the small weight
     `score`. Evaluation: the argmax with weight 1, no capacity. The paper's body was not available to us; this is
@@ -1282,14 +1289,14 @@ class GumbelMatching(Gate):
 
 
 def score_function_term(log_prob, nll, pick, n_global, mesh):
-    """The gradient that reaches a sampling gate (REINFORCE): sum over sequences of advantage * log p(its choices) /
-    all.
+    """The gradient that reaches a sampling gate (REINFORCE): sum over sequences of advantage * log_prob / all.
 
-    log_prob (B,) summed over a sequence's tokens and layers; nll (M,) and pick (B, T) of the targets; n_global: number
-    of sequences. The advantage is the sequence's mean loss minus the mean of the others' (leave one out). A sequence
-    counts once, whatever its number of targets. Unbiased, in a deep network too, while a sequence's choices move only
-    its own loss and each carries its full log p. A capacity makes it a heuristic: a choice that crowds out another
-    token changes that token's loss, and with it the baseline; and the weights of Skip scale outputs instead of losses.
+    log_prob (B,): weight times log p of the sampled choice, summed over a sequence's tokens and layers; nll (M,) and
+    pick (B, T) of the targets; n_global: number of all sequences. The advantage is the sequence's mean loss minus the
+    mean of the others' (leave one out). A sequence counts once, whatever its number of targets. Unbiased, in a deep
+    network too, while a sequence's choices move only its own loss and each carries its full log p. A capacity makes it
+    a heuristic: a choice that crowds out another token changes that token's loss, and with it the baseline; and the
+    weights of Skip scale outputs instead of losses.
     """
     rows = pick.nonzero()[:, 0]
     loss = torch.zeros_like(log_prob).index_add(0, rows, nll.detach().to(log_prob.dtype))

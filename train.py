@@ -177,13 +177,13 @@ def train_step(run, net, batch):
     """One update from one global batch. Of it this rank takes its rows, in micro-batches; gradients are then summed
     over the ranks. net: run.model, or its compiled form.
 
-    -> task: this rank's share of the task loss (nats per target); aux: {name: value}, summed over the MoE layers, and
-    mse and kl of a distillation, this rank's share; norm: the global gradient norm before clipping. All detached.
-    Nothing is updated if the norm is not finite.
+    -> task: this rank's share of the task loss (nats per target); logged: {name: value}, the auxiliary losses summed
+    over the MoE layers, and mse and kl of a distillation, this rank's share; norm: the global gradient norm before
+    clipping. All detached. Nothing is updated if the norm is not finite.
     """
     cfg, mesh = run.cfg, run.mesh
     n_targets = max(1, int((batch["y"] >= 0).sum()))  # of the global batch
-    weights, task, total = run.model.loss_weights(), torch.zeros((), device=mesh.device), {}
+    weights, task, logged = run.model.loss_weights(), torch.zeros((), device=mesh.device), {}
     for micro in batches.micro_batches(batch, cfg.grad_accum, mesh):
         with run.autocast, evomoe.watch(run.model if run.teacher else None) as seen:
             out = task_loss(net, micro, cfg.label_smoothing)
@@ -191,13 +191,13 @@ def train_step(run, net, batch):
         if run.teacher:
             terms = distill(run, seen, micro, n_targets)
             loss = loss + cfg.distill * sum(terms.values())
-            total |= {name: total.get(name, 0) + value.detach() for name, value in terms.items()}
+            logged |= {name: logged.get(name, 0) + value.detach() for name, value in terms.items()}
         if "log_prob" in aux:
             term = score_function_term(aux.pop("log_prob"), out.nll, out.pick, cfg.batch_size // cfg.grad_accum, mesh)
             loss = loss + weights["log_prob"] * term / cfg.grad_accum
         for name, value in aux.items():  # the value is global, the gradient this rank's share (Place.sum)
             loss = loss + weights.get(name, 0) * value / cfg.grad_accum
-            total[name] = total.get(name, 0) + value.detach() / cfg.grad_accum
+            logged[name] = logged.get(name, 0) + value.detach() / cfg.grad_accum
         loss.backward()
         task += out.nll.detach().sum() / n_targets
     mesh.sync_grads(run.model)
@@ -207,7 +207,7 @@ def train_step(run, net, batch):
         run.optimizer.zero_grad(set_to_none=True)
         for gate in run.model.gates():
             gate.update()
-    return task, total, norm
+    return task, logged, norm
 
 
 def distill(run, seen, micro, n_targets):
@@ -236,12 +236,12 @@ def evaluate(run, split, eval_batches=0):
     total = torch.zeros(len(parts), 3, dtype=torch.float64)  # loss, correct, targets of each part; not on the device
     with evaluating(run.model):
         for batch in objective.held_out(split, eval_batches):
-            (batch,) = batches.micro_batches(batch, 1, mesh)
+            (mine,) = batches.micro_batches(batch, 1, mesh)
             with run.autocast:
-                out = task_loss(run.model, batch)
-            right = (out.logits.argmax(1) == batch["y"][out.pick]).float()
+                out = task_loss(run.model, mine)
+            right = (out.logits.argmax(1) == mine["y"][out.pick]).float()
             values = torch.stack([out.nll, right, torch.ones_like(right)], 1).cpu().double()
-            total.index_add_(0, objective.part(batch)[out.pick].cpu(), values)
+            total.index_add_(0, objective.part(mine)[out.pick].cpu(), values)
     total = mesh.all_reduce(total.to(mesh.device, torch.float32 if mesh.device.type == "mps" else torch.float64))
     loss, correct, n = total.sum(0).tolist()
     result = {"loss": loss / n, "accuracy": correct / n} | objective.more_metrics(split, loss / n)
@@ -276,7 +276,7 @@ class Run:
             print(*text, flush=True)
 
     def compiled(self):
-        """The model as the loop calls it; a teacher watches through hooks, which compilation would miss."""
+        """The model as the loop calls it; distillation watches through hooks, which compilation would miss."""
         return torch.compile(self.model) if self.cfg.compile and not self.cfg.distill else self.model
 
 

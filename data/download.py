@@ -97,7 +97,7 @@ def run(main, file, doc, **flags):
         fields.append((name, type(first), flag(first, about, 0 if isinstance(first, int) else None, one_of=choices)))
     Settings = dataclasses.make_dataclass("Settings", fields)
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(help_text(doc + "\nFlags", Settings))
+        print(help_text((doc or "") + "\nFlags", Settings))
         return
     try:
         given = parse(sys.argv[1:], Settings)

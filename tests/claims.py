@@ -268,7 +268,8 @@ CLAIMS = {
         ("E 32", "dense")),
     "capacity": Claim(
         "hardly more slots than the fair share are enough: capacity factors of 1 to 1.25 (Switch, table 1)",
-        {"dropless": "--gate=switch"} | {f"factor {c}": f"--gate=switch --capacity_factor={c}" for c in (2, 1.25, 1, 0.75)},
+        {"dropless": "--gate=switch"}
+        | {f"factor {c}": f"--gate=switch --capacity_factor={c}" for c in (2, 1.25, 1, 0.75)},
         ("factor 1.25", "dropless"), "",
         LOSS | {"dropped": lambda log: statistics.mean(e.get("dropped", 0.0) for e in training(log)),
                 "dropped at the end": at_the_end("dropped")} | COST),

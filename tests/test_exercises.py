@@ -1,5 +1,5 @@
 """
-Answers to the README's exercises, one test each: the docstring says the answer, the test shows it.
+Answers to the exercises of EXERCISES.md, one test each: the docstring says the answer, the test shows it.
 
 Read an answer after you have one of your own. Each test stands by itself and runs on one process.
 """

@@ -70,7 +70,7 @@ def queue_key(order, G, u=None):
 def oracle(layer, x, ids, domain, seed):
     """y (N, D), aux and G (N, E) of a layer, as the equation says: every expert on every token."""
     torch.manual_seed(seed)
-    place = layer.where(x, None, None, domain)
+    place = layer.place_of(x, None, None, domain)
     routing = layer.gate(x, ids, place)
     G, factor = routing.G, layer.capacity_factor if layer.training else 0
     if factor or routing.capacity is not None:
@@ -258,7 +258,7 @@ def test_a_random_drop_order_does_not_depend_on_the_number_of_ranks():
     def drawn(rank, world):
         layer.mesh, n = dist.Mesh(rank, world, 1, world), 6 // world
         torch.manual_seed(0)
-        return drop_priority("random", torch.ones(n, E), layer.where(torch.zeros(n, D), None, None, None))
+        return drop_priority("random", torch.ones(n, E), layer.place_of(torch.zeros(n, D), None, None, None))
 
     assert torch.equal(torch.cat([drawn(0, 2), drawn(1, 2)]), drawn(0, 1))
 
@@ -274,7 +274,7 @@ def test_capacity_is_rounded_up_and_counts_per_group():
     gate = make_gate("switch", D=D, E=E)
     layer = MoE(gate, Experts(E, D, H), capacity_factor=1.25, groups=3)
     G = F.one_hot(torch.zeros(20, dtype=torch.long), E).double()  # everybody wants expert 0
-    place = layer.where(torch.zeros(20, D), None, None, None)
+    place = layer.place_of(torch.zeros(20, D), None, None, None)
     kept = layer.apply_capacity(router.Routing(G, {}), place)
     assert place.sizes == [7, 7, 6]
     assert [int(part[:, 0].sum()) for part in kept.split(place.sizes)] == [3, 3, 2]  # ceil(1.25 * n / 4)
@@ -354,7 +354,7 @@ def with_new_end(t, seed=1):
 def kept(layer, x, ids, domain):
     """G after the capacity, with the same noise at every call."""
     torch.manual_seed(7)
-    place = layer.where(x, None, None, domain)
+    place = layer.place_of(x, None, None, domain)
     return layer.apply_capacity(layer.gate(x, ids, place), place)
 
 
