@@ -393,12 +393,23 @@ def launch(argv, contestant, patch, ranks, threads):
         raise RuntimeError(f"{' '.join(argv)}\n{p.stderr[-2000:]}")
 
 
+def chosen(name, claim, methods):
+    """The contestants that --methods asks for. SystemExit, one line, for none, or one that needs a run of another."""
+    there = claim.contestants
+    some = {c: there[c] for c in there if not methods or any(re.fullmatch(m, c) for m in methods.split(";"))}
+    if not some:
+        raise SystemExit(f"claims: --methods={methods} names no contestant of {name}; there are: {'; '.join(there)}")
+    for contestant, flags in some.items():
+        for needed in re.findall(r"[^{}/]+(?=[/}])", flags):  # of {NAME} and {A/B}
+            if needed in there and needed not in some:
+                raise SystemExit(f"claims: {name}'s {contestant!r} needs {needed!r}: add it to --methods")
+    return some
+
+
 def one_seed(name, claim, seed, a, places):
     """All contestants of one seed, in order. -> {contestant: log}."""
     logs, places = {}, dict(places)
-    for contestant, flags in claim.contestants.items():
-        if a.methods and not any(re.fullmatch(m, contestant) for m in a.methods.split(";")):
-            continue
+    for contestant, flags in chosen(name, claim, a.methods).items():
         folder = places[contestant] = os.path.join(
             a.out, f"{name}-{contestant}-{seed}".replace(" ", "_").replace("%", "")
         )
@@ -425,6 +436,7 @@ def claim_line(claim, log):
 
 def run_claim(name, claim, a):
     """-> {contestant: [log of each seed]}."""
+    chosen(name, claim, a.methods)  # before anything is made
     places = claim.setup(a.out) if claim.setup else {}
     with ThreadPoolExecutor(a.workers) as pool:
         seeds = list(pool.map(lambda seed: one_seed(name, claim, seed, a, places), range(a.first, a.first + a.seeds)))

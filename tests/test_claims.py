@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import sys
 import xml.dom.minidom
 from types import SimpleNamespace
@@ -126,7 +127,20 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
         claims.phases(tmp_path, tmp_path / "phases.svg")
 
 
-def test_an_unknown_claim_is_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["claims.py", "nothing"])
-    with pytest.raises(SystemExit, match="nothing is unknown; there are: evomoe"):
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("nothing", "nothing is unknown; there are: evomoe"),
+        (
+            "pays --methods=dents",
+            "--methods=dents names no contestant of pays; there are: dense; switch; hash; switch, ",
+        ),
+        ("pays --methods=dense;.*time", "pays's \"switch, dense's time\" needs 'switch': add it to --methods"),
+        ("crossover --methods=copies.*", "crossover's 'copies 10 %' needs 'dense': add it to --methods"),
+    ],
+)
+def test_what_cannot_run_is_one_line(argv, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["claims.py", *argv.split(), f"--out={tmp_path}"])
+    with pytest.raises(SystemExit, match=re.escape(words)):
         claims.main()
+    assert not any(tmp_path.iterdir())
