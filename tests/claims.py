@@ -29,7 +29,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -409,7 +409,7 @@ def chosen(name, claim, methods):
 def one_seed(name, claim, seed, a, places):
     """All contestants of one seed, in order. -> {contestant: log}."""
     logs, places = {}, dict(places)
-    for contestant, flags in chosen(name, claim, a.methods).items():
+    for contestant, flags in claim.contestants.items():
         folder = places[contestant] = os.path.join(
             a.out, f"{name}-{contestant}-{seed}".replace(" ", "_").replace("%", "")
         )
@@ -436,7 +436,7 @@ def claim_line(claim, log):
 
 def run_claim(name, claim, a):
     """-> {contestant: [log of each seed]}."""
-    chosen(name, claim, a.methods)  # before anything is made
+    claim = replace(claim, contestants=chosen(name, claim, a.methods))
     places = claim.setup(a.out) if claim.setup else {}
     with ThreadPoolExecutor(a.workers) as pool:
         seeds = list(pool.map(lambda seed: one_seed(name, claim, seed, a, places), range(a.first, a.first + a.seeds)))
