@@ -712,10 +712,10 @@ class ReMoE(Gate):
     lambda starts at 1e-8 and is felt after 60 to 100 steps; then the number of experts falls to k, a mean over tokens,
     and no capacity fits before. Traps: a token may get no expert at all (a row of zeros: it passes by this layer). What
     is off has no gradient and comes back with a change of x only: our default with k = 1 overshot at step 85 and was at
-    0.7 from 200 to 300. W has no bias: it can close an expert because
-    the tokens' vectors have a common mean; had they none, half of the scores would stay positive.
-    The authors share one lambda between the layers, which so may differ in their experts per token; a gate knows one
-    layer. At sign 0 their code lowers lambda, the paper and we leave it. It stays between its start and 1000: ours.
+    0.7 from 200 to 300. W has no bias: it can close an expert because the tokens' vectors have a common mean; had they
+    none, half of the scores would stay positive. The authors share one lambda between the layers, which so may differ
+    in their experts per token; a gate knows one layer. At sign 0 their code lowers lambda, the paper and we leave it.
+    It stays between its start and 1000: ours.
 
     Reads: content. Balanced by: f_e in the price. Looks ahead: never.
     """
@@ -1118,7 +1118,7 @@ class LocMoEPlus(Gate):
     """Both sides choose, and experts need ever fewer tokens (LocMoE+, or Expert-Token Resonance, arXiv:2406.00023).
 
         affinity[n, e] = cos(x_n, w_e)                      w_e: the pooling rows of LocMoE; no parameters
-        1. each token chooses its k best experts            G = softmax(sqrt(D) * affinity), divided by its sum if k > 1
+        1. each token chooses its k best experts            G = softmax(sqrt(D) * affinity) there; k > 1: over their sum
         2. each expert keeps the C_e best of its choosers   the layer drops: priority = affinity, capacity = C
         C_e = the fewest best choosers whose affinities add up to C0 * a,   C0 = capacity_factor * k N / E full slots
         a   = the lowest mean affinity of a batch so far;   C_e is clipped to [floor * C0, C0]
@@ -1211,9 +1211,9 @@ class Skip(Gate):
         z_n ~ p_n = softmax(x W^T);  a full expert keeps a uniformly random c of its n_j tokens, c = ceil(factor N / E)
         G[n, z_n] = n_j / min(n_j, c) for survivors, 0 for skipped tokens
 
-    Averaged over who survives, G is the one-hot sample: it does not feel the capacity. The gate drops by
-    itself, per routing group, and leaves nothing for the layer to drop. G carries no gradient to W (a hard mixture has
-    weight 1); aux["log_prob"] = G * log p(z) does, times the advantage (`score_function_term`), with the small weight
+    Averaged over who survives, G is the one-hot sample: it does not feel the capacity. The gate drops by itself, per
+    routing group, and leaves nothing for the layer to drop. G carries no gradient to W (a hard mixture has weight 1);
+    aux["log_prob"] = G * log p(z) does, times the advantage (`score_function_term`), with the small weight
     `score`. Evaluation: the argmax with weight 1, no capacity. The paper's body was not available to us; this is
     derived from its abstract and figure, and proved by enumeration in the tests.
 
