@@ -48,7 +48,6 @@ import dist
 from data.flags import closest
 from experts import Experts, MoE, expert_seed
 from model import make_optimizer
-from router import Permuted, make_gate
 
 SPAWNS = ("mask", "noise", "copy", "importance")  # see offspring
 
@@ -67,11 +66,10 @@ def mixture_steps(cfg):
     return cfg.max_steps - spawn_step(cfg)
 
 
-def phases(cfg):
-    """The table of this run: [(name, updates made before it, experts)], in order; phases without steps are left out."""
+def phases(cfg, gate):
+    """The table of a run with such gates: [(name, updates made before it, experts)], in order; phases without steps are
+    left out."""
     S = spawn_step(cfg)
-    gate = make_gate(cfg.gate, cfg.gate_args, cfg.k, D=cfg.n_embd, E=cfg.n_experts, V=1, steps=mixture_steps(cfg))
-    gate = Permuted(gate, mixture_steps(cfg), cfg.permute) if cfg.permute else gate
     table = [("diversify", 0, 1)] * (S > 0)
     return table + [(name, S + first, cfg.n_experts) for name, first in gate.phases()]
 
@@ -82,12 +80,11 @@ def set_step(model, step, cfg):
         gate.set_step(max(0, step - spawn_step(cfg)))
 
 
-def show(cfg):
-    """The table, for the start of a run; "" if nothing ever changes."""
-    if cfg.n_experts == 1:
-        return ""
-    table = phases(cfg)
-    if len(table) == 1:
+def show(cfg, mixture):
+    """The table, for the start of a run that will train the model `mixture`; "" if nothing ever changes."""
+    gates = mixture.gates()
+    table = phases(cfg, gates[0]) if gates else []
+    if len(table) < 2:
         return ""
     rows = [f"{name:10} {first:10d}  {experts:7d}" for name, first, experts in table]
     return "\n".join(["phase      after step  experts", *rows])

@@ -266,6 +266,7 @@ class Run:
     autocast: object
     build: object  # n_experts -> a fresh model
     n_domains: int  # labelled domains that gates may know
+    phases: str  # the table of what changes when; "" if nothing does
     teacher: torch.nn.Module | None = None  # the dense model that a distilled one follows
     first: int = 0  # step to begin with
     resumed: bool = False
@@ -336,8 +337,8 @@ def loop(run, log, clock):
 def say_what_to_expect(run):
     """The phases and what to beat; data or an objective that cannot be used show now, before anything is written."""
     val = run.objective.corpus.held_out()[0]
-    if run.objective.schedule_step(0) == 0 and (table := evomoe.show(run.cfg)):  # fine-tuning: they are over
-        run.say(table)
+    if run.phases:
+        run.say(run.phases)
     run.objective.train_batch(run.first, run.mesh.n_nodes)
     evaluate(run, val, 1)  # a mistake of an objective should not show after the last step
     run.say(run.objective.to_beat(val))
@@ -456,7 +457,8 @@ def assemble(cfg, state, mesh):
         evomoe.load_weights(model, state["model"], mesh)
     dtype = cfg.dtype or ("bfloat16" if mesh.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
     autocast = torch.autocast(mesh.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, None, state.get("step", 0),
+    phases = evomoe.show(cfg, mixture) if objective.schedule_step(0) == 0 else ""  # fine-tuning: they are over
+    run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, phases, None, state.get("step", 0),
               "optimizer" in state)  # fmt: skip
     evomoe.set_step(mixture, cfg.max_steps, cfg)
     total, active = mixture.n_params()  # as the run will end

@@ -307,10 +307,10 @@ n_layer=2                                 --name=value
 --objective=
 --gate=swich                              did you mean switch?
 --gate=
---gate_args=jiter=1                       did you mean jitter?
---gate_args=jitter=high                   float
---gate_args=jitter=1e400                  finite
---gate_args=jitter=-1                     jitter=-1.0 must be from 0
+--gate=switch --gate_args=jiter=1         did you mean jitter?
+--gate=switch --gate_args=jitter=high     float
+--gate=switch --gate_args=jitter=1e400    finite
+--gate=switch --gate_args=jitter=-1       jitter=-1.0 must be from 0
 --gate_args=jitter                        jitter
 --schedule=linear                         cosine
 --drop_order=score_                       did you mean score?
@@ -319,7 +319,7 @@ n_layer=2                                 --name=value
 --dtype=float16                           float32
 --device=gpu                              cpu
 --device=cuda:99                          cpu
---k=9                                     switch
+--gate=switch --k=9                       leave --k out
 --gate=topk --k=9                         --n_experts=8
 --n_experts=0
 --n_experts=99999999999

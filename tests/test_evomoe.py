@@ -68,9 +68,9 @@ def test_phases():
     cfg = config(
         diversify=0.1, gate_args="tau_max=2,tau_min=0.4,noise=annealed,dense=0.3333,hard=0.5556", max_steps=100
     )
-    assert evomoe.phases(cfg) == [("diversify", 0, 1), ("dense", 10, E), ("tighten", 40, E), ("hard", 60, E)]
     model = small_gpt(cfg)
     (gate,) = model.gates()
+    assert evomoe.phases(cfg, gate) == [("diversify", 0, 1), ("dense", 10, E), ("tighten", 40, E), ("hard", 60, E)]
 
     def at(step):
         evomoe.set_step(model, step, cfg)
@@ -82,11 +82,15 @@ def test_phases():
     assert at(50)[:3] == pytest.approx((0.4, 0.0, 0.0005**0.5)) and at(50)[5] == "tighten"
     assert at(59)[3:] == (False, E, "tighten") and at(60)[3:] == at(1000)[3:] == (True, 1, "hard")
     assert at(60)[2] == pytest.approx(0.5)
-    assert [name for name, _, _ in evomoe.phases(config(gate="switch", diversify=0.1))] == ["diversify", "mixture"]
-    assert evomoe.show(config(gate="switch")) == ""
-    assert "permuted            4" in evomoe.show(config(gate="switch", permute=0.05, max_steps=100))
-    assert "frozen             10" in evomoe.show(config(gate="stablemoe", max_steps=100))
-    assert "tighten            40        4" in evomoe.show(cfg)
+
+    def shown(**more):
+        return evomoe.show(config(**more), small_gpt(config(**more)))
+
+    assert shown(gate="switch", diversify=0.1).split() == "phase after step experts diversify 0 1 mixture 60 4".split()
+    assert shown(gate="switch") == shown(n_experts=1) == ""
+    assert "permuted            4" in shown(gate="switch", permute=0.05, max_steps=100)
+    assert "frozen             10" in shown(gate="stablemoe", max_steps=100)
+    assert "tighten            40        4" in evomoe.show(cfg, model)
     for steps, share, spawn in ((6, 0.95, 5), (1, 0.6, 0), (100, 0.29, 29)):  # a run ends as what it is called
         assert evomoe.spawn_step(config(max_steps=steps, diversify=share)) == spawn
 
