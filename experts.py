@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dist import Mesh
-from router import Permuted, Place, fair_slots, make_gate
+from router import Permuted, Place, fair_slots, make_gate, queue
 
 
 def every_expert(x, G, experts):
@@ -125,12 +125,8 @@ def drop(G, capacity, priority=None):
     renormalised; a row that loses all its entries gives y = 0, and the block's residual carries its token on.
     """
     expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert, tokens in order
-    if priority is not None:
-        by_priority = priority[token, expert].argsort(descending=True, stable=True)
-        order = by_priority[expert[by_priority].argsort(stable=True)]
-        expert, token = expert[order], token[order]
-    counts = (G != 0).sum(0)  # (E,); bincount would synchronise
-    position = torch.arange(len(expert), device=G.device) - (counts.cumsum(0) - counts)[expert]  # in the queue
+    order, position, _ = queue(expert, None if priority is None else priority[token, expert], G.shape[1])
+    expert, token = expert[order], token[order]
     capacity = torch.as_tensor(capacity, device=G.device).expand(G.shape[1])
     over = torch.zeros_like(G, dtype=torch.bool)
     over[token, expert] = position >= capacity[expert]
@@ -142,7 +138,8 @@ ORDERS = ("", "arrival", "choice", "score", "random")  # "": the gate's own
 
 def drop_priority(order, G, place):
     """(N, E) priority for a named drop order, or None for "arrival". "choice": every token's strongest expert before
-    any token's second (GShard); "score": larger weights first; "random": any. All but arrival look at later tokens."""
+    any token's second (GShard); "score": larger weights first; "random": any (place says how to draw, the others do not
+    read it). All but arrival look at later tokens."""
     if order == "arrival":
         return None
     if order == "choice":
@@ -159,9 +156,10 @@ def drop_priority(order, G, place):
 
 
 def near_experts(mesh, E, nodes):
-    """(nodes, E) bool: the experts that a node's ranks reach without leaving the node, the same for all of them if
-    nodes consist of whole expert-parallel groups or the other way round. On one process that plays several nodes, the
-    experts are dealt out evenly."""
+    """(nodes, E) bool: which experts live on a node, for the ranks there. Four ranks, two a node, E = 4: with ep = 4
+    each rank has one expert, near are [[1, 1, 0, 0], [0, 0, 1, 1]]; with ep = 2 each node has a copy of all four, and
+    all are near. The ranks of a node agree on it if ep divides ranks_per_node or is a multiple of it (feed_forward
+    refuses others). One process that plays several nodes deals the experts out evenly."""
     e, node = torch.arange(E), torch.arange(nodes)[:, None]
     if mesh.world == 1:
         return e * nodes // E == node
@@ -234,7 +232,8 @@ class MoE(nn.Module):
         return y, dict(routing.aux)
 
     def place_of(self, x, live, index, domain):
-        """Where these rows stand in the global batch: rank r holds rows r * n to (r + 1) * n, padding included."""
+        """x (n, D), live (n,) bool or None, index (N,) of the live rows or None, domain (N,) or None -> Place: where
+        the live rows stand in the global batch, of which rank r holds rows r * n to (r + 1) * n, padding included."""
         mesh, n, device = self.mesh, len(x), x.device
         rows = index
         if mesh.world > 1:
@@ -253,7 +252,7 @@ class MoE(nn.Module):
     def apply_capacity(self, routing, place):
         """G with the overflow of each expert set to zero, per routing group."""
         G, capacity, factor = routing.G, routing.capacity, self.capacity_factor if self.training else 0
-        if capacity is None and not factor:
+        if self.gate.drops_itself or capacity is None and not factor:
             return G
         priority = routing.priority
         if priority is None:

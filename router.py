@@ -34,6 +34,7 @@ Letters: N tokens, D model width, E experts, k experts per token, V vocabulary. 
 import heapq
 import inspect
 import math
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,7 @@ class Gate(nn.Module):
                   evaluation (expert choice). train.py says so or refuses
     drop_order    who keeps a slot when an expert is full: "arrival", "choice" (all first choices before any second),
                   "score" or "random"; experts.drop_priority explains
+    drops_itself  is G within the gate's own capacity already? Then the layer does not look for an overflow
     diversify     share of the run that it wants to begin with one expert per layer, see evomoe.py
     k             experts per token on which capacity is based: C = ceil(factor * k * N / E)
     loss_weights  {aux name: weight in the loss}; an entry of aux without a weight is only logged
@@ -84,6 +86,7 @@ class Gate(nn.Module):
 
     looks_ahead = "never"
     drop_order = "arrival"
+    drops_itself = False
     diversify = 0.0
 
     def __init__(self, D, E, k=1):
@@ -586,6 +589,7 @@ class ExpertChoice(Gate):
     """
 
     looks_ahead = "always"
+    drops_itself = True
 
     def __init__(self, D, E, k=2):
         super().__init__(D, E, k)
@@ -1212,7 +1216,7 @@ class Skip(Gate):
         G[n, z_n] = n_j / min(n_j, c) for survivors, 0 for skipped tokens
 
     Averaged over who survives, G is the one-hot sample: it does not feel the capacity. The gate drops by itself, per
-    routing group, and leaves nothing for the layer to drop. G carries no gradient to W (a hard mixture has weight 1);
+    routing group. G carries no gradient to W (a hard mixture has weight 1);
     aux["log_prob"] = G * log p(z) does, times the advantage (`score_function_term`), with the small weight
     `score`. Evaluation: the argmax with weight 1, no capacity. The paper's body was not available to us; this is
     derived from its abstract and figure, and proved by enumeration in the tests.
@@ -1222,6 +1226,7 @@ class Skip(Gate):
 
     looks_ahead = "training"
     drop_order = "random"
+    drops_itself = True
 
     def __init__(self, D, E, capacity_factor=1.0, score=0.01):
         super().__init__(D, E, k=1)
@@ -1259,6 +1264,7 @@ class GumbelMatching(Gate):
     """
 
     looks_ahead = "training"
+    drops_itself = True
 
     def __init__(self, D, E, capacity_factor=1.0, clip=0.0, score=0.01):
         super().__init__(D, E, k=1)
@@ -1334,7 +1340,7 @@ class Permuted(nn.Module):
         refuse_unless("permuted", schedule=(schedule, schedule in ("corrected", "official"), "corrected or official"),
                       search=(search, 0 < search < 1, "between 0 and 1"))  # fmt: skip
         self.gate, self.D, self.E = gate, gate.D, gate.E
-        self.looks_ahead, self.drop_order = gate.looks_ahead, gate.drop_order
+        self.looks_ahead, self.drop_order, self.drops_itself = gate.looks_ahead, gate.drop_order, gate.drops_itself
         self.window, self.official, self.zeta = max(1, round(search * steps)), schedule == "official", zeta
         self.logits = nn.Parameter((torch.rand(self.E, self.E) - 0.5) / 10)
         self.register_buffer("source", torch.arange(self.E))  # the hard P: expert e is fed by output source[e]
@@ -1562,10 +1568,13 @@ def locmoe_capacity(delta, D, E):
 
 
 def queue(expert, key, E):
-    """The queue in front of each expert, highest key first. expert (M,) numbers, key (M,) ->
-    order (M,), rows expert by expert; position (M,) of those rows in their expert's queue, from 0; load (E,)."""
-    order = key.argsort(descending=True)
-    order = order[expert[order].argsort(stable=True)]
+    """The queue in front of each expert, highest key first, equal keys (or key None: all) in the order given. expert
+    (M,) numbers, key (M,) -> order (M,), rows expert by expert; position (M,) of those rows in their expert's queue,
+    from 0; load (E,)."""
+    order = expert.argsort(stable=True)
+    if key is not None:
+        order = key.argsort(descending=True, stable=True)
+        order = order[expert[order].argsort(stable=True)]
     load = expert.new_zeros(E).scatter_add(0, expert, torch.ones_like(expert))
     position = torch.arange(len(expert), device=expert.device) - (load.cumsum(0) - load)[expert[order]]
     return order, position, load
@@ -1687,8 +1696,8 @@ def show():
     for name, gate in gates().items():
         for step in (0, 4, 99) if name == "dts" else (0,):
             G = example(name, step)[1]
-            idea, when = " ".join(gate.__doc__.split()), f" at step {step} of 100" if name == "dts" else ""
-            print(f"\n{name}{when}: {idea[: idea.find('(')].rstrip(':, ')}")
+            idea, when = " ".join((gate.__doc__ or "").split()), f" at step {step} of 100" if name == "dts" else ""
+            print(f"\n{name}{when}: {re.split(r'[(.]', idea)[0].rstrip(':, ')}")
             for e, column in enumerate(G.T.tolist()):
                 print(f"  expert {e}" + "".join(f"{g:6.2f}" if g else "     ." for g in column))
 

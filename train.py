@@ -372,11 +372,13 @@ def save(run, step):
 
 
 def afresh(given, mesh):
+    """-> (Config, {}): flags and defaults, and no state."""
     return configure(given), {}
 
 
 def resumed(given, mesh):
-    """The newest checkpoint in out_dir. Flags win over its config, but not where they would change the model."""
+    """-> (Config, state) of the newest checkpoint in out_dir. Flags win over its config, but not where they would
+    change the model."""
     out_dir = configure(given).out_dir
     path, state = dist.newest(out_dir, mesh)
     evomoe.agree(given, state["config"], path, "--out_dir")
@@ -405,8 +407,8 @@ def changes(old, cfg):
 
 
 def from_trained(given, mesh):
-    """Weights of another run: a dense one, from which experts are spawned, or all of the model that this objective
-    fine-tunes."""
+    """-> (Config, state with weights alone) of another run: a dense one, from which experts are spawned, or all of the
+    model that this objective fine-tunes."""
     cfg = configure(given)
     continues = OBJECTIVES[cfg.objective].continues
     fields, state = evomoe.whole(cfg.init_from, continues, mesh) if continues else evomoe.trained(cfg.init_from, mesh)

@@ -41,8 +41,8 @@ def describe(run, done, batch, task, aux):
 
 
 def bars(load):
-    """A small picture of the experts' loads; the fair share is half height."""
-    return "".join(" ▁▂▃▄▅▆▇█"[min(8, round(4 * v))] for v in load)
+    """A small picture of the experts' loads; the fair share is half height, a dot is (next to) nothing."""
+    return "".join("·▁▂▃▄▅▆▇█"[min(8, round(4 * v))] for v in load)
 
 
 class Clock:

@@ -9,7 +9,8 @@ and name it in OBJECTIVES, the last line; its parts (windows, masks, pairs) are 
     an argument of the model's forward, which also takes pick (B, T), True where there is a target, and returns the
     logits (M, V) of those positions, and aux
 
-rng is numpy's generator of the step (or of the held-out batch): everything random comes from it. cfg is train.Config.
+Targets are numbers of classes (tokens, as a rule): the loss is the cross-entropy of train.task_loss. rng is numpy's
+generator of the step (or of the held-out batch): everything random comes from it. cfg is train.Config.
 """
 
 import math
@@ -38,6 +39,18 @@ class Objective:
     def __init__(self, corpus, cfg):
         self.corpus, self.cfg, self.n_domains = corpus, cfg, len(corpus.domains("train"))
         self.n_ids, self.counts = corpus.V, corpus.counts()  # what gates route by: token ids, how often each occurs
+
+    def model(self, cfg, ffn):
+        """A fresh model. ffn(layer, is_moe, std) makes the feed-forward part of a layer (model.Model)."""
+        raise NotImplementedError
+
+    def batch(self, split, rows, rng):
+        """Some of what `rows` returned (or of the starts or pairs of `train_batch`) -> the batch, see above."""
+        raise NotImplementedError
+
+    def sample(self, run, prompt):
+        """A text that shows what the model can do with a prompt (None: one from the corpus). Collective."""
+        raise NotImplementedError
 
     def schedule_step(self, step):
         """The step as gates and curriculum count it."""

@@ -3,6 +3,7 @@ train.py as a user meets it: flags, bad data, checkpoints that do not fit, full 
 of the documentation. What goes wrong is said in one line, and nothing is lost by it.
 """
 
+import argparse
 import base64
 import json
 import os
@@ -558,6 +559,12 @@ def test_the_code_of_the_readme(corpora, tmp_path):
     assert (
         files.load_tokenizer(tmp_path / "out").decode(files.load_split(tmp_path / "out", meta, "val")[:8]) == "held out"
     )
+    (tmp_path / "two.txt").unlink()
+    there = {"__name__": "mine", "__file__": str(tmp_path / "prepare.py")}
+    exec(corpus, there)  # of one file the end is held out
+    out = str(tmp_path / "one")
+    there["main"](argparse.Namespace(data_dir=str(tmp_path), out_dir=out, tokenizer="bytes", vocab_size=0))
+    assert files.load_meta(out)["splits"]["val"]["bytes"] == 1
 
 
 @pytest.mark.parametrize("k", [1, 2])

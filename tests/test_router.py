@@ -2131,7 +2131,7 @@ def test_permutation_resumes(schedule, step):
 class Everything(nn.Module):
     """A gate with all extras (not a Gate, which would enter gates())."""
 
-    D, E, k, looks_ahead, drop_order, loss_weights = D, 5, 3, "always", "score", {"a": 2.0}
+    D, E, k, looks_ahead, drop_order, drops_itself, loss_weights = D, 5, 3, "always", "score", True, {"a": 2.0}
     steps = updates = 0
 
     def set_step(self, step):
@@ -2148,7 +2148,7 @@ class Everything(nn.Module):
 def test_permutation_wraps_everything_a_gate_may_have():
     gate, (x, ids) = with_cycle(permuted(Everything())), data()
     assert "permuted" not in gates()
-    assert (gate.k, gate.E, gate.looks_ahead, gate.drop_order) == (3, 5, "always", "score")
+    assert (gate.k, gate.E, gate.looks_ahead, gate.drop_order, gate.drops_itself) == (3, 5, "always", "score", True)
     assert gate.loss_weights == {"a": 2.0, "permutation": 1e-4}
     gate.update()
     assert gate.gate.steps == 2 and gate.gate.updates == 1
@@ -2337,6 +2337,9 @@ def test_queue():
     expert, key = torch.tensor([2, 0, 2, 2, 0]), torch.tensor([0.1, 0.5, 0.9, 0.4, 0.6])
     order, place, load = queue(expert, key, 4)
     assert order.tolist() == [4, 1, 2, 3, 0] and place.tolist() == [0, 1, 0, 1, 2] and load.tolist() == [2, 0, 3, 0]
+    for alike in torch.zeros(5), None:
+        order, place, _ = queue(expert, alike, 4)
+        assert order.tolist() == [1, 4, 0, 2, 3] and place.tolist() == [0, 1, 0, 1, 2]
 
 
 def assignments(n, E, c):
