@@ -372,8 +372,10 @@ class OwnError(ValueError):
 def speaks_for(error):
     """Should this process print an error? Rank 0 prints what all have alike, each rank what is its own. Before they
     have met, what a node's processes have alike (flags, GPUs) may be wrong on that node only: its first one prints."""
-    own = isinstance(error, OwnError) or td.is_initialized() and not isinstance(error, EverybodysError)
-    return own or os.environ.get("RANK" if td.is_initialized() else "LOCAL_RANK", "0") == "0"
+    met = td.is_initialized()
+    own = isinstance(error, OwnError) or met and not isinstance(error, EverybodysError)
+    alone = not met and "WORLD_SIZE" not in os.environ
+    return own or alone or os.environ.get("RANK" if met else "LOCAL_RANK", "0") == "0"
 
 
 def alike(action):
@@ -406,6 +408,8 @@ def program(main, argv):
 def one_line(error):
     """What to tell a user about an error, in one line; None if it is a bug and wants its traceback."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:  # nobody has said more about it than the system
+        return f"cannot use {error.filename or 'a file'} ({error.strerror}): mend that, or name another file or folder"
     if isinstance(error, (ValueError, OSError)):
         return text
     if isinstance(error, MemoryError) or re.search("allocate memory|out of memory|bad_alloc", text):
@@ -554,7 +558,8 @@ def refuse_unless_equal(have, want):
 def load_state(model, optimizer, state, mesh):
     """Fill model and optimizer in place from full_state's dict, whatever ranks wrote it. No communication.
 
-    ValueError names every tensor that is missing, unknown or of another shape, before anything is changed.
+    ValueError names every tensor that is missing, unknown, of another shape or no longer of real numbers, before
+    anything is changed.
     """
     experts, tensors, params = expert_ids(model), named_tensors(model), named_params(model, optimizer)
     moments = state["optimizer"] if optimizer else {}
@@ -566,13 +571,14 @@ def load_state(model, optimizer, state, mesh):
         return mesh.part(t) if id(p) in experts and t.shape == shape(p) else t
 
     want = {name: shape(t) for name, t in tensors.items()}
-    want |= {
-        f"{key} of {name}": shape(p)
-        for name, p in params.items()
-        for key in moments.get(name, ["optimizer state"])
-        if key != "step"
-    }
     have = {name: tuple(t.shape) for name, t in state["model"].items()}
+    for name in want.keys() & have.keys():  # a real number of another precision is converted, anything else is not
+        want[f"{name} real"], have[f"{name} real"] = (
+            t.is_floating_point() for t in (tensors[name], state["model"][name])
+        )
+    for name, p in params.items():  # AdamW has both moments, or none where there never was a gradient
+        keys = ["exp_avg", "exp_avg_sq"] if moments.get(name) else [] if name in moments else ["optimizer state"]
+        want |= {f"{key} of {name}": shape(p) for key in keys}
     have |= {
         f"{key} of {name}": tuple(t.shape) for name in moments for key, t in moments[name].items() if key != "step"
     }
@@ -653,8 +659,10 @@ def fault(state):
     for name, kind in kinds.items():
         if type(state[name]) is not kind or not state[name] and name in ("model", "config"):
             return f"its {name} is empty or of a wrong type"
-    if state["step"] < 0 or type(state.get("n_domains", 1)) is not int:
+    if state["step"] < 0 or type(state.get("n_domains", 1)) is not int or state.get("n_domains", 1) < 1:
         return "its step or its number of domains is wrong"
+    if not isinstance(state.get("vocabulary", ""), str):
+        return "its vocabulary is of a wrong type"
     model = state["model"]
     dense = lambda t: torch.is_tensor(t) and t.layout == torch.strided and t.device.type == "cpu"  # noqa: E731
     if not all(map(dense, model.values())):
@@ -662,7 +670,10 @@ def fault(state):
     for name, moments in state["optimizer"].items():
         if name not in model:
             return f"it lacks the parameter {name}"
-        fits = lambda key, t: dense(t) and t.shape == (() if key == "step" else model[name].shape)  # noqa: E731
+        if not model[name].is_floating_point():
+            return f"{name} is of a wrong type"
+        real = lambda t: dense(t) and t.is_floating_point()  # noqa: E731
+        fits = lambda key, t: real(t) and t.shape == (() if key == "step" else model[name].shape)  # noqa: E731
         known = isinstance(moments, dict) and ("step" in moments or not moments)
         if not known or not all(fits(key, t) for key, t in moments.items()):
             return f"its optimizer state of {name} does not fit the parameter"
@@ -685,25 +696,33 @@ def warn(text):
     print(f"warning: {text}", flush=True)
 
 
-def find(folder, warn=warn):
-    """(path, state) of the newest usable checkpoint, None if there is none at all. ValueError if none is usable."""
-    paths = checkpoints(folder)
+def find(folder, warn=warn, check=lambda config: None):
+    """(path, state) of the newest usable checkpoint, None if there is none at all. ValueError if none is usable. check:
+    raises ValueError for a config that no run can have."""
+    paths, reasons = checkpoints(folder), []
     for path in reversed(paths):
         try:
-            return path, load_usable(path)
+            state = load_usable(path)
+            try:
+                check(state["config"])
+            except ValueError as error:
+                raise ValueError(f"{path} is not usable: {error}") from None
+            return path, state
         except (OSError, ValueError) as error:
+            reasons.append(str(error))
             warn(f"{error}; trying the one before it")
     if paths:
-        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is usable")
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is usable: {reasons[0]}")
 
 
-def newest(folder, mesh):
-    """(path, state) of the newest usable checkpoint, on every rank. ValueError, on every rank, if there is none.
+def newest(folder, mesh, check=lambda config: None):
+    """(path, state) of the newest usable checkpoint, on every rank; check: see find. ValueError, on every rank, if
+    there is none.
 
     Unusable ones (damaged, foreign, incomplete, a folder) are passed over with a warning. Rank 0 chooses, so that all
     load the same one.
     """
-    found = mesh.on_all(lambda: find(folder) if mesh.main else None)
+    found = mesh.on_all(lambda: find(folder, check=check) if mesh.main else None)
     path = mesh.from_main(found and found[0])
     if path is None:
         raise EverybodysError(f"no checkpoint (ckpt_*.pt) in {folder}: train first, or name another folder")
@@ -785,9 +804,9 @@ def restarted(folder):
 
 
 def stop_on_signals():
-    """Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint: -> a list that is then not
-    empty. Sent again after two seconds it ends at once; before that it is torchrun forwarding what the worker got
-    itself."""
+    """Ctrl-C, SIGTERM and (but under nohup) SIGHUP end the run after the step at hand, with a checkpoint: -> a list
+    that is then not empty. Sent again after two seconds it ends at once; before that it is torchrun forwarding what the
+    worker got itself."""
     asked = []
 
     def handle(number, frame):
@@ -796,7 +815,9 @@ def stop_on_signals():
             signal.raise_signal(number)
         asked.append(time.monotonic())
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), handle)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # that is nohup's wish
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, handle)
     return asked

@@ -280,16 +280,20 @@ def trained(where, mesh, flag="init_from"):
     """Weights to start from: the out_dir of a dense run of this project, or GPT-2 by name (gpt2, gpt2-medium, ...) or
     folder, if the package transformers is installed. -> {Config field: value} that they need, {"model": {name: tensor},
     ...}. ValueError, the same on every rank, if there are none; flag: how the user named them."""
-    if os.path.isdir(where) and not os.path.exists(os.path.join(where, "config.json")):
+
+    def is_ours():
+        if not os.path.isdir(where) and not where.startswith("gpt2"):
+            known = ["scratch", "resume", "gpt2"] if flag == "init_from" else ["gpt2"]
+            raise ValueError(f"--{flag}={where} is unknown{closest(where, known)}; choose from {', '.join(known)}, or "
+                             "the folder of a dense run")  # fmt: skip
+        return os.path.isdir(where) and not os.path.exists(os.path.join(where, "config.json"))
+
+    if mesh.on_all(is_ours):
         path, state = dist.newest(where, mesh)
         if not is_dense(state):
             raise ValueError(f"{path} holds a mixture already: --{flag} takes a dense run (--n_experts=1)")
         fields = {n: state["config"][n] for n in ("dataset", *DENSE_FIELDS)}
         return fields, {n: state[n] for n in ("model", "vocabulary")}
-    if not os.path.isdir(where) and not where.startswith("gpt2"):
-        known = ["scratch", "resume", "gpt2"] if flag == "init_from" else ["gpt2"]
-        raise ValueError(f"--{flag}={where} is unknown{closest(where, known)}; choose from {', '.join(known)}, or the "
-                         "folder of a dense run")  # fmt: skip
     return mesh.on_all(lambda: load_gpt2(where, flag))
 
 

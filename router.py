@@ -215,6 +215,8 @@ def make_gate(name, args="", k=0, **offered):
         if key not in knobs:
             raise ValueError(f"--gate_args={args}: {name} has no knob {key!r}{closest(key, knobs)}; it has: "
                              f"{', '.join(knobs) or 'none'}")  # fmt: skip
+        if key in kwargs:
+            raise ValueError(f"--gate_args={args}: {key} is given twice")
         kwargs[key] = read_knob(key, text, knobs[key])
     gate = gates()[name](**kwargs)
     for loss, weight in gate.loss_weights.items():
@@ -232,6 +234,8 @@ def read_knob(key, text, default):
         raise ValueError(f"--gate_args: {key}={text} should be of type {kind.__name__}, like {key}={default}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--gate_args: {key}={text} must be a finite number")
+    if isinstance(value, (int, float)) and value and not 1e-9 <= abs(value) <= 1e6:
+        raise ValueError(f"--gate_args: {key}={text} is out of all proportion: choose 0 or a size from 1e-9 to 1e6")
     return value
 
 
@@ -269,9 +273,9 @@ def scatter(idx, w, E):
 
 
 def fair_slots(factor, rows, E):
-    """Slots of an expert: factor times its fair share of the rows, rounded up, at most all. 1.1 * 100 / 10 is a hair
-    above 11 in floating point, and 11 are meant."""
-    return math.ceil(min(factor * rows / E, rows) - 1e-6)
+    """Slots of an expert: factor times its fair share of the rows, rounded up, at least one and at most all. 1.1 * 100
+    / 10 is a hair above 11 in floating point, and 11 are meant."""
+    return max(math.ceil(min(factor * rows / E, rows) - 1e-6), min(1, rows))
 
 
 def balance_loss(p, chosen, place):
@@ -476,7 +480,7 @@ class TopP(Gate):
         P = logits.softmax(1)
         w, idx = P.sort(dim=1, descending=True, stable=True)
         before = w.detach().cumsum(1) - w.detach()  # what the stronger experts sum to: 0 for the first
-        G = scatter(idx, w * (before < self.p), self.E)
+        G = scatter(idx, w * (before < self.p - 1e-6), self.E)
         aux = {"entropy": self.place.mean(-(P * logits.log_softmax(1)).sum(1))}
         return Routing(G, aux | {"balance": balance_loss(P, G > 0, self.place)})
 
@@ -1165,7 +1169,7 @@ class LocMoEPlus(Gate):
         return need.long().to(idx.device).expand(len(idx), self.E)
 
     def forward(self, x, ids):
-        cos = block_means(F.normalize(full_precision(x), dim=1), self.E) * (self.D / self.E) ** 0.5  # (N, E)
+        cos = block_means(F.normalize(full_precision(x), dim=1, eps=1e-3), self.E) * (self.D / self.E) ** 0.5  # (N, E)
         p = (cos * self.D**0.5).softmax(1)
         top, idx = cos.topk(self.k, dim=1)
         w = p.gather(1, idx)

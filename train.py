@@ -380,7 +380,7 @@ def resumed(given, mesh):
     """-> (Config, state) of the newest checkpoint in out_dir. Flags win over its config, but not where they would
     change the model."""
     out_dir = configure(given).out_dir
-    path, state = dist.newest(out_dir, mesh)
+    path, state = dist.newest(out_dir, mesh, lambda config: configure({}, config))
     evomoe.agree(given, state["config"], path, "--out_dir")
     of_this_start = "eval_only sample device ep ranks_per_node two_level timeout".split()
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
@@ -402,7 +402,7 @@ def changes(old, cfg):
     """What a resumed run does otherwise than before, for the screen."""
     differ = [f"--{n}={now} (before: {old[n]})" for n, now in vars(cfg).items()
               if n != "out_dir" and old.get(n, now) != now]  # fmt: skip
-    follow = "; learning rate and phases follow the new length" if old["max_steps"] != cfg.max_steps else ""
+    follow = "; learning rate and phases follow the new length" if "--max_steps" in " ".join(differ) else ""
     return f"; from here on {', '.join(differ)}{follow}" if differ else ""
 
 

@@ -104,6 +104,9 @@ def run(main, file, doc, **flags):
         check(given, Settings)
         main(Settings(**given))
     except (OSError, ValueError) as e:
-        sys.exit(f"error: {' '.join(str(e).split())}")
+        text = " ".join(str(e).split())
+        if isinstance(e, OSError) and e.strerror:  # nobody has said more about it than the system
+            text = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or name another --out_dir=FOLDER"
+        sys.exit(f"error: {text}")
     except KeyboardInterrupt:
         sys.exit("interrupted: run it again")

@@ -25,6 +25,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from data.bpe import TOKENIZERS, Tokenizer, gpt2_tokenizer, make_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -45,14 +50,35 @@ def staging(folder):
         raise OSError(f"cannot write to {folder} ({e.strerror}): name another folder with --out_dir=FOLDER") from None
     for left in Path(folder).glob(".partial-*"):  # of a killed prepare, or of one at work
         with contextlib.suppress(OSError):  # it has just ended
-            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > 600:
-                shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as tmp:
+            age = time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            with at_work(left) as mine:
+                if age > 600 or mine and age > 1:  # younger ones may be about to be locked
+                    shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as tmp, at_work(tmp):
         yield tmp
         with contextlib.suppress(FileNotFoundError):  # from here to the last line the folder counts as not prepared
             os.remove(os.path.join(folder, "meta.json"))
         for name in sorted(os.listdir(tmp), key=lambda name: name == "meta.json"):
             os.replace(os.path.join(tmp, name), os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def at_work(folder):
+    """
+    with at_work(folder) as mine: it is locked until the end of the block, or of this process. mine: False if another
+    process has it, or if the system has no locks.
+    """
+    file = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = True
+    except (AttributeError, OSError):
+        mine = False
+    try:
+        yield mine
+    finally:
+        if fcntl:
+            os.close(file)
 
 
 def utf8_len(text):
@@ -198,8 +224,8 @@ def load_meta(folder):
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
         check_meta(meta)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        reason = str(e) if type(e) is ValueError else type(e).__name__
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        reason = str(e) if type(e) is ValueError else f"{type(e).__name__}: {str(e)[:80]}"
         raise ValueError(f"{path} is damaged ({reason}): {prepare_hint(folder)}") from None
     except OSError as e:
         raise OSError(f"cannot read {path} ({e.strerror}): {prepare_hint(folder)}") from None
@@ -210,8 +236,8 @@ def check_meta(meta):
     """ValueError, or whatever Python raises on the way, if a field is missing or cannot be."""
 
     def number(value, name, least=1):
-        if type(value) is not int or value < least:  # a bool is an int, too
-            raise ValueError(f"{name} is {value!r}, not a number from {least}")
+        if type(value) is not int or not least <= value < 2**63:  # a bool is an int, too
+            raise ValueError(f"{name} is {repr(value)[:80]}, not a number from {least}")
 
     one_of = dict(tokenizer=TOKENIZERS[:3], dtype=("uint16", "uint32"), kind=("text", "translation"))
     for name, known in one_of.items():

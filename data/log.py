@@ -102,7 +102,7 @@ class Log:
         try:
             entry = json.loads(line)
             return line.endswith("\n") and entry["step"] <= self.step and "final" not in entry
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False  # a crash or a full disk tore it
 
     def __call__(self, entry):
@@ -111,8 +111,8 @@ class Log:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(entry) + "\n")
             except OSError as e:
-                raise OSError(f"cannot write {self.path}: {e.strerror}. Checkpoints are untouched; mend it and "
-                              "continue with --init_from=resume") from None  # fmt: skip
+                raise OSError(f"cannot write {self.path}: {e.strerror}. Mend it and start again, with "
+                              "--init_from=resume if there is a checkpoint") from None  # fmt: skip
 
     def __enter__(self):
         return self

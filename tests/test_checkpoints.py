@@ -95,6 +95,8 @@ def test_load_state_names_every_mismatch():
     state["model"]["extra"] = state["model"].pop("idle")
     state["optimizer"]["extra"] = state["optimizer"].pop("rare")
     state["optimizer"]["inp.bias"]["exp_avg"] = torch.zeros(2)
+    state["model"]["inp.bias"] = state["model"]["inp.bias"].int()
+    del state["optimizer"]["inp.weight"]["exp_avg_sq"]
     with pytest.raises(ValueError) as error:
         dist.load_state(model, opt, state, Mesh())
     text = str(error.value)
@@ -105,6 +107,8 @@ def test_load_state_names_every_mismatch():
         "optimizer state of rare is missing",
         f"exp_avg of extra is ({D},), here unknown",
         f"exp_avg of inp.bias is (2,), here ({D},)",
+        "inp.bias real is False, here True",
+        "exp_avg_sq of inp.weight is missing",
     ):
         assert part in text, text
     assert "\n" not in text and same(dist.full_state(model, opt, Mesh()), before)  # nothing was changed
@@ -299,6 +303,10 @@ def foreign(kind):
             "step of a wrong type": {"step": "20"},
             "no weights": {"model": {}},
             "a weight of a wrong type": {"model": {"w": 3}},
+            "a weight in whole numbers": {"model": {"w": STATE["model"]["w"].int()}},
+            "moments in whole numbers": {"optimizer": {"w": moments["w"] | {"exp_avg": STATE["model"]["w"].int()}}},
+            "no domain": {"n_domains": 0},
+            "a vocabulary of a wrong type": {"vocabulary": 3},
             "a parameter missing": {"model": {"v": torch.zeros(3)}},
             "a tensor less": {"tensors": 4},
             "moments of another shape": {"optimizer": {"w": {"exp_avg": torch.zeros(3), "step": torch.tensor(1.0)}}},
@@ -317,6 +325,10 @@ UNUSABLE = [
     "step of a wrong type",
     "no weights",
     "a weight of a wrong type",
+    "a weight in whole numbers",
+    "moments in whole numbers",
+    "no domain",
+    "a vocabulary of a wrong type",
     "a parameter missing",
     "a tensor less",
     "moments of another shape",
@@ -358,6 +370,21 @@ def test_the_same_file_without_the_fault_is_usable(tmp_path):
     assert dist.newest(tmp_path, Mesh())[1]["step"] == 20
     with pytest.raises(ValueError, match="no checkpoint .* in .*nowhere"):
         dist.newest(tmp_path / "nowhere", Mesh())
+
+
+def test_a_config_that_no_run_can_have_is_passed_over(tmp_path):
+    for step in (10, 20):
+        dist.save(tmp_path / f"ckpt_{step}.pt", STATE | {"step": step, "config": {"n_layer": step}})
+
+    def check(config):
+        if config["n_layer"] == 20:
+            raise ValueError("20 layers")
+
+    warned = []
+    assert dist.find(tmp_path, warned.append, check)[1]["step"] == 10 and "ckpt_20.pt is not usable: 20" in warned[0]
+    (tmp_path / "ckpt_10.pt").unlink()
+    with pytest.raises(ValueError, match="none of the 1 checkpoints in .* is usable: .*20 layers"):
+        dist.newest(tmp_path, Mesh(), check)
 
 
 def newest_on_ranks(rank, world, folder):

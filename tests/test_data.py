@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import types
 import zipfile
 from argparse import Namespace
@@ -223,13 +224,16 @@ def test_crash_while_renaming_leaves_no_meta(prepared, monkeypatch):
 
 
 def test_the_next_prepare_removes_what_a_killed_one_left(prepared):
-    for name in (".partial-old", ".partial-writing"):
+    now = time.time()
+    for name, age in {".partial-old": 1e4, ".partial-killed": 60, ".partial-writing": 60}.items():
         (prepared / name).mkdir()
         (prepared / name / "train.bin").write_bytes(b"x")
+        os.utime(prepared / name / "train.bin", (now - age, now - age))
         os.utime(prepared / name, (0, 0))  # what grows in a folder does not touch the folder's own time
-    os.utime(prepared / ".partial-old" / "train.bin", (0, 0))
-    files.write_text(prepared, bpe.make_tokenizer("bytes", 0, ()), {"train": {"a": ["x"]}}, "test")
-    assert [name for name in os.listdir(prepared) if name.startswith(".")] == [".partial-writing"], "may be at work"
+    with files.at_work(prepared / ".partial-writing") as mine:
+        assert mine
+        files.write_text(prepared, bpe.make_tokenizer("bytes", 0, ()), {"train": {"a": ["x"]}}, "test")
+    assert [name for name in os.listdir(prepared) if name.startswith(".")] == [".partial-writing"], "it is at work"
 
 
 def test_a_corpus_that_checkpoints_depend_on_is_not_prepared_anew(tmp_path, monkeypatch):
@@ -287,6 +291,8 @@ def folder_instead(path):
         (fact("0", "splits", "train", "bytes"), "bytes of train is 0"),
         (fact("'many'", "splits", "train", "bytes"), "bytes of train is 'many'"),
         (fact("5.5", "splits", "train", "domains", "a", 1), "the end of a in train is 5.5"),
+        (fact("[0]", "splits", "train", "domains", "a"), "meta.json is damaged .IndexError"),
+        (fact("1" + 400 * "0", "splits", "train", "bytes"), "bytes of train is 10000"),
         (lambda folder: folder_instead(folder / "meta.json"), "cannot read .*meta.json"),
         (lambda folder: folder_instead(folder / "vocab.txt"), "cannot read .*vocab.txt"),
         (edit("vocab.txt", lambda b: b.replace(b"QQ==\n", b"AAAAAAAA\n", 1)), "the byte b'A' has no token"),

@@ -644,6 +644,10 @@ def test_check_device():
 )
 def test_one_line(error, text):
     assert dist.one_line(ValueError("said\n in two lines")) == "said in two lines"
+    assert dist.one_line(OSError("said by us")) == "said by us"
+    assert dist.one_line(OSError(5, "Input/output error", "val.bin")).startswith(
+        "cannot use val.bin (Input/output error)"
+    )
     assert "lower --batch_size" in dist.one_line(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     line = dist.one_line(error)
     assert line is None if text is None else text in line and "--init_from=resume" in line and "\n" not in line
@@ -655,5 +659,13 @@ def speakers(rank, world):
     return [str(error) for error in errors if dist.speaks_for(error)]
 
 
-def test_each_error_is_printed_once():
+def test_each_error_is_printed_once(monkeypatch):
     assert run_ranks(2, speakers) == [["common", "of rank 0", "own 0"], ["of rank 1", "own 1"]]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # left over in a shell: without WORLD_SIZE there is one process
+    assert dist.speaks_for(ValueError("mine"))
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    dist.stop_on_signals()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL

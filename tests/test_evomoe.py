@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 import types
 
 import pytest
@@ -54,6 +55,19 @@ def train_on(corpus, out, **flags):
 def small_gpt(cfg, mesh=None, n_experts=0):
     cfg = dataclasses.replace(cfg, n_experts=n_experts or cfg.n_experts)
     return GPT(cfg, V, functools.partial(feed_forward, cfg, mesh=mesh, V=V, steps=evomoe.mixture_steps(cfg)))
+
+
+def start_without_a_folder(rank, world, folder):
+    """Process 1 sees no out_dir called dense."""
+    os.chdir(folder if rank == 0 else folder / "elsewhere")
+    with pytest.raises(ValueError, match=r"--init_from=dense is unknown.* \(process 1\)"):
+        evomoe.trained("dense", dist.make_mesh(rank, world, E))
+
+
+def test_a_folder_that_one_process_does_not_see_is_everybodys_error(tmp_path):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    run_ranks(2, start_without_a_folder, tmp_path)
 
 
 def losses(log):

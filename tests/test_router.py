@@ -141,6 +141,10 @@ def test_make_gate_explains_what_is_wrong():
         ("switch", "jitter=1", "switch's jitter=1.0 must be from 0 to below 1"),
         ("dselectk", "gamma=-1", "dselectk's gamma=-1.0 must be above 0"),
         ("comet", "gamma=0", "comet's gamma=0.0 must be above 0"),
+        ("switch", "balance=1e30", "balance=1e30 is out of all proportion"),
+        ("dts", "tau_min=1e-46", "tau_min=1e-46 is out of all proportion"),
+        ("stablemoe", "dim=999999999", "dim=999999999 is out of all proportion"),
+        ("switch", "balance=0.1,balance=0.2", "balance is given twice"),
         ("stablemoe", "dim=0", "stablemoe's dim=0 must be at least 1"),
         ("stablemoe", "stage1=2", "stablemoe's stage1=2.0 must be from 0 to 1"),
         ("locmoe", "eps=0", "locmoe's eps=0.0 must be between 0 and 1"),
@@ -159,6 +163,31 @@ def test_make_gate_explains_what_is_wrong():
     with pytest.raises(ValueError, match="search=1 must be between 0 and 1"):
         router.Permuted(make_gate("switch", D=D, E=E), search=1)
     assert make_gate("switch", "jitter=0.5, balance=2", **gate_args("switch")).jitter == 0.5
+
+
+def test_the_weights_of_the_losses_are_those_of_the_papers_or_as_documented():
+    weights = {name: make_gate(name, **gate_args(name)).loss_weights for name in gates()}
+    known = dict(switch={"balance": 0.01}, noisytopk={"importance": 0.1, "load_cv": 0.1}, deepseekv3={"balance": 1e-4},
+                 topp={"balance": 0.01, "entropy": 1e-4}, skip={"log_prob": 0.01}, gumbelmatching={"log_prob": 0.01},
+                 locmoe={"balance": 0.01, "locality": 0.01})  # fmt: skip
+    for name, expected in known.items():
+        assert expected.items() <= weights[name].items(), (name, weights[name])
+
+
+def test_groups_are_closed_whatever_the_bias():
+    """A bias that makes every score negative must not open the group that lost (its experts then count as 0)."""
+    gate = router.DeepSeekV3(4, 4, k=2, expert_groups=2, keep_groups=1)
+    gate.weight.data, gate.bias = torch.eye(4), torch.full((4,), -2.0)
+    assert (gate(torch.tensor([[5.0, 4, 0, 0]]), None).G[0] > 0).tolist() == [True, True, False, False]
+
+
+def test_noisy_top_1_weighs_with_the_noise():
+    gate = router.NoisyTopK(4, 4, k=1).double()
+    gate.weight.data.normal_()
+    x, noise, place = torch.randn(6, 4).double(), torch.randn(6, 4).double(), Place(6)
+    place.normal = lambda *shape: noise
+    h = x @ gate.weight.T + noise * (F.softplus(x @ gate.noise.T) + 1e-2)
+    assert torch.allclose(gate(x, None, place).G, h.softmax(1) * F.one_hot(h.argmax(1), 4))
 
 
 def test_unusable_settings_are_one_clear_line():
@@ -631,6 +660,9 @@ def test_topp_by_hand():
     for E in (4, 5, 8, 10, 16):  # a flat row is the one that needs most; k is the number of experts in it
         gate = identity(TopP, E)
         assert gate.k == math.ceil(2 * E / 5) == (route(gate, torch.zeros(1, E).double()).G > 0).sum()
+    for E, p in (10, 0.6), (25, 0.2), (50, 0.3):  # 0.1 six times is a hair less than 0.6, and is meant
+        gate = TopP(4, E, p=p)
+        assert gate.k == round(p * E) == (route(gate, torch.zeros(1, 4)).G > 0).sum()
     assert (route(identity(TopP, 4, p=1.0), torch.randn(9, 4).double()).G > 0).all()
     for p in (0, 1.1):
         with pytest.raises(ValueError, match="topp's p=.* must be above 0 and at most 1"):
@@ -1508,6 +1540,9 @@ def test_locality_loss_by_hand():
     uniform = torch.full((12, 8), 1 / 8)
     assert locality_loss(uniform, b, eps).item() == pytest.approx(1.191, abs=1e-3)
     assert (target[0] * (target[0] * 8).log()).sum().item() == pytest.approx(0.919, abs=0.05)  # what it is not
+    # of the nodes that have tokens
+    some = Place(4, node=torch.tensor([0, 0, 1, 1]), near=HOMES)
+    assert locality_loss(uniform[:4], some, eps).item() == pytest.approx(1.191, abs=1e-3)
     # a mean over nodes, not over tokens: node 0 has half of all tokens, and is the only one that is local
     skewed = torch.tensor([0, 0, 0, 1, 2, 3])
     p = torch.where((skewed == 0)[:, None], target[skewed], torch.full((6, 8), 1 / 8))
@@ -2157,6 +2192,15 @@ def test_permutation_wraps_everything_a_gate_may_have():
     assert torch.equal(hard.G, x[:, :5].exp()[:, inverse]) and torch.equal(hard.priority, -hard.G)
     assert hard.capacity.tolist() == inverse.tolist() and hard.capacity.dtype == torch.long
     assert soft.priority.shape == (40, 5) and soft.capacity is None  # while P is soft every expert sees every token
+
+
+def test_freezing_takes_the_gradient_of_the_permutation():
+    gate = router.Permuted(router.TopK(4, 4), steps=10, search=0.5)
+    gate.set_step(0)
+    gate(torch.randn(5, 4), None).G[:, 0].sum().backward()
+    assert gate.logits.grad is not None
+    gate.set_step(4)
+    assert gate.logits.grad is None and not gate.logits.requires_grad
 
 
 def test_permutation_of_one_expert():
