@@ -1,14 +1,19 @@
 """
-Three pictures, drawn by the code that they are about:
+Four pictures, drawn by the code that they are about:
 
     python tests/pictures.py gates              G of six gates for the same eight tokens
     python tests/pictures.py journey            the rows of two processes on their way to the experts and back
     python tests/pictures.py experts --runs=out-switch,out-hash      who gets what in two trained models
+    python tests/pictures.py traffic --runs=out-near,out-far         from which node to which expert, in two others
 
-The last reads the newest checkpoint of runs of train.py and trains nothing. The one in tests/figures/ was drawn from
+The last two read the newest checkpoint of runs of train.py and train nothing. Those in tests/figures/ were drawn from
 
     python train.py --max_steps=300 --gate=switch --out_dir=out-switch
     python train.py --max_steps=300 --gate=hash --out_dir=out-hash
+
+and, for traffic, with --gate=switch --out_dir=out-far and --gate=locmoe --out_dir=out-near, from
+
+    torchrun --nproc_per_node=2 train.py --max_steps=300 --ranks_per_node=1 --shard_by_domain
 
 Each is an SVG file in tests/figures/ (--out=FOLDER: elsewhere), 700 wide, in light and dark mode, without a plotting
 package. A picture is a list of SVG elements, strings; y grows downwards.
@@ -126,9 +131,9 @@ def draw_gates(path):
     save_svg(path, 138 + 194 * 4, "G of six gates for the same eight tokens", caption, parts)
 
 
-def heat_map(x, y, name, idea, words, G):
-    """G (N, E) with tokens from left to right, its name on the base line y; 330 wide, 160 high."""
-    left, top, width, height = x + 28, y + 50, 37, 27
+def heat_map(x, y, name, idea, words, G, width=37):
+    """G (N, E) with tokens from left to right, its name on the base line y; 28 + N * width wide, 50 + 27 * E high."""
+    left, top, height = x + 28, y + 50, 27
     parts = [text(x, y, name, "name"), text(x, y + 20, idea, "soft")]
     parts += [text(left + width * (n + 0.5), top - 8, word, "middle") for n, word in enumerate(words)]
     lines = [f"M{left} {top + height * e}h{width * len(G)}" for e in range(G.shape[1] + 1)]
@@ -280,7 +285,7 @@ def arrivals_home(x, G, places, words):
 
 
 class Taken(NamedTuple):
-    """What the experts of a trained model's first mixture layer took of the held-out text."""
+    """What the experts of one mixture layer of a trained model took of the held-out text."""
 
     name: str  # gate and steps
     counts: torch.Tensor  # (E, number of domains, V): tokens that went to an expert, by domain and token id
@@ -288,12 +293,13 @@ class Taken(NamedTuple):
     decode: object  # token id -> text
 
 
-def take(folder):
-    """Run the held-out text through the newest checkpoint of a run. ValueError if it is no GPT with a mixture."""
+def take(folder, layer=0):
+    """Run the held-out text through the newest checkpoint of a run and watch one of its mixture layers. ValueError if
+    it is no GPT with a mixture."""
     run = train.set_up(dict(out_dir=folder, eval_only=True))
     if run.cfg.objective != "gpt" or not run.model.gates():
         raise ValueError(f"{folder} is not a run with --objective=gpt and more than one expert")
-    gate, corpus, seen = run.model.gates()[0], run.objective.corpus, []
+    gate, corpus, seen = run.model.gates()[layer], run.objective.corpus, []
     split, names = corpus.held_out()[0], corpus.names()
     counts = torch.zeros(gate.E * len(names) * corpus.V, dtype=torch.long)
     watch = gate.register_forward_hook(lambda gate, inputs, routing: seen.append(routing.G.cpu()))
@@ -399,17 +405,50 @@ def tokens(x, y, words):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rows between two nodes, with and without locality
+
+
+def draw_traffic(path, folders):
+    """A column for each run: for its first and its last mixture layer, which experts the text of each node goes to."""
+    parts = []
+    for i, folder in enumerate(folders):
+        for j, layer in enumerate((0, -1)):
+            parts += matrix(10 + 350 * i, 138 + 300 * j, take(folder, layer), ("first", "last")[j])
+    caption = (
+        "Two nodes, each with a text of its own and half of the experts. A column: a node's tokens and",
+        "the share of them that each expert gets; framed: the experts on the node itself.",
+        "See: a locality loss (locmoe) moves the weight into the frame, so that few rows travel.",
+    )
+    save_svg(path, 138 + 600, "Which rows leave their node", caption, parts)
+
+
+def matrix(x, y, taken, layer):
+    """One layer of one run, its name on the base line y: node n reads domain n and has the n-th half of the experts."""
+    if len(taken.domains) != 2:
+        raise ValueError(f"traffic is drawn for texts with two domains, a node for each; here: {taken.domains}")
+    rows = taken.counts.sum(2).T.float()  # (2, E): from a node to an expert
+    half, wide, high = rows.shape[1] // 2, 120, 27
+    stays = (rows[0, :half].sum() + rows[1, half:].sum()) / rows.sum()
+    words = [f"node {n}: {name}" for n, name in enumerate(taken.domains)]
+    name, found = f"{taken.name}, {layer} mixture layer", f"{1 - stays:.0%} of the rows leave their node"
+    own = [f"M{x + 28 + wide * n} {y + 50 + high * half * n}h{wide}v{high * half}h-{wide}z" for n in (0, 1)]
+    return heat_map(x, y, name, found, words, rows / rows.sum(1, keepdim=True), wide) + [
+        f'<path d="{"".join(own)}" class="mark" fill="none"/>'
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=["gates", "journey", "experts"])
-    parser.add_argument("--runs", default="", help="experts: out_dirs of train.py, with commas between them")
+    parser.add_argument("picture", choices=["gates", "journey", "experts", "traffic"])
+    parser.add_argument("--runs", default="", help="experts, traffic: out_dirs of train.py, with commas between them")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder to draw into")
     a = parser.parse_args(argv)
-    if (a.picture == "experts") != bool(a.runs):
-        parser.error("experts, and only experts, needs --runs=DIR1,DIR2")
+    if (a.picture in ("experts", "traffic")) != bool(a.runs):
+        parser.error("experts and traffic, and only they, need --runs=DIR1,DIR2")
     torch.set_num_threads(1)
     path = a.out / f"{a.picture}.svg"
     try:
@@ -417,8 +456,10 @@ def main(argv=None):
             draw_gates(path)
         elif a.picture == "journey":
             draw_journey(path)
-        else:
+        elif a.picture == "experts":
             draw_experts(path, a.runs.split(","))
+        else:
+            draw_traffic(path, a.runs.split(","))
     except (ValueError, OSError) as error:
         raise SystemExit(f"pictures: {error}") from None
     print(f"drew {path}")

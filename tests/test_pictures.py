@@ -13,7 +13,7 @@ from data.bpe import Tokenizer
 from data.files import write_text
 from router import example
 
-NAMES = ["gates", "journey", "experts"]
+NAMES = ["gates", "journey", "experts", "traffic"]
 
 
 def elements(path, tag):
@@ -170,12 +170,25 @@ def test_experts_draws_a_table_for_each_run(runs, tmp_path):
     assert sum("predicts 100%" in word for word in shown) == 1
 
 
+def test_traffic_counts_the_rows_that_leave_their_node(runs, tmp_path):
+    """By hand: of the hash table's tokens, those of prose that go to experts 4 to 7, and those of code to 0 to 3."""
+    pictures.main(["traffic", f"--runs={runs['topk']},{runs['hash']}", f"--out={tmp_path}"])
+    check_form(tmp_path / "traffic.svg")
+    shown = words(tmp_path / "traffic.svg")
+    for layer, name in (0, "first"), (-1, "last"):
+        counts = pictures.take(runs["hash"], layer).counts.sum(2).tolist()  # (E, domains)
+        left = sum(row[0] for row in counts[4:]) + sum(row[1] for row in counts[:4])
+        at = shown.index(f"hash, after 0 steps, {name} mixture layer")
+        assert shown[at + 1] == f"{left / sum(map(sum, counts)):.0%} of the rows leave their node"
+    assert sum(word == "node 1: code" for word in shown) == 4
+
+
 def test_experts_needs_runs_with_experts(runs, tmp_path):
     with pytest.raises(SystemExit, match="dense is not a run with --objective=gpt and more than one expert"):
         pictures.main(["experts", f"--runs={runs['dense']}", f"--out={tmp_path}"])
     with pytest.raises(SystemExit, match="no checkpoint"):
         pictures.main(["experts", f"--runs={tmp_path / 'nothing'}", f"--out={tmp_path}"])
-    for wrong in ["experts"], ["gates", "--runs=out"]:
+    for wrong in ["experts"], ["traffic"], ["gates", "--runs=out"]:
         with pytest.raises(SystemExit):
             pictures.main([*wrong, f"--out={tmp_path}"])
     assert not list(tmp_path.iterdir())
