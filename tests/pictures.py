@@ -430,7 +430,7 @@ def matrix(x, y, taken, layer):
     half, wide, high = rows.shape[1] // 2, 120, 27
     stays = (rows[0, :half].sum() + rows[1, half:].sum()) / rows.sum()
     words = [f"node {n}: {name}" for n, name in enumerate(taken.domains)]
-    name, found = f"{taken.name}, {layer} mixture layer", f"{1 - stays:.0%} of the rows leave their node"
+    name, found = f"{taken.name}: {layer} mixture", f"{1 - stays:.0%} of the rows leave their node"
     own = [f"M{x + 28 + wide * n} {y + 50 + high * half * n}h{wide}v{high * half}h-{wide}z" for n in (0, 1)]
     return heat_map(x, y, name, found, words, rows / rows.sum(1, keepdim=True), wide) + [
         f'<path d="{"".join(own)}" class="mark" fill="none"/>'

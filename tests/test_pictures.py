@@ -178,7 +178,7 @@ def test_traffic_counts_the_rows_that_leave_their_node(runs, tmp_path):
     for layer, name in (0, "first"), (-1, "last"):
         counts = pictures.take(runs["hash"], layer).counts.sum(2).tolist()  # (E, domains)
         left = sum(row[0] for row in counts[4:]) + sum(row[1] for row in counts[:4])
-        at = shown.index(f"hash, after 0 steps, {name} mixture layer")
+        at = shown.index(f"hash, after 0 steps: {name} mixture")
         assert shown[at + 1] == f"{left / sum(map(sum, counts)):.0%} of the rows leave their node"
     assert sum(word == "node 1: code" for word in shown) == 4
 

@@ -105,7 +105,7 @@ def test_one_step_by_hand(corpora, tmp_path, gate, args, objective, accum):
     assert got_task.item() == pytest.approx(task, rel=1e-5) and got_norm.item() == pytest.approx(norm.item(), rel=1e-4)
     assert norm > 0.1 and len(told) == len(model.gates()) and seen.keys() == want.keys()
     for name, g in seen.items():
-        assert torch.allclose(g, want[name] * (0.05 / norm), rtol=1e-3, atol=1e-7), name
+        assert torch.allclose(g, want[name] * (0.05 / norm), rtol=1e-3, atol=1e-6), name  # rounding; the largest are 5e-3 and above
 
 
 @pytest.mark.parametrize("gate", ["switch", "skip", "locmoeplus", "deepseekv3", "remoe"])
