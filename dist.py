@@ -49,6 +49,7 @@ from datetime import timedelta
 from itertools import chain
 from math import gcd
 from pathlib import Path
+from threading import Timer
 from typing import NamedTuple
 
 import torch
@@ -346,16 +347,24 @@ def spread_experts(mesh, n_experts, ep=0, two_level=False, timeout=600):
 
 def join(rank, world, backend, limit):
     """Meet the other ranks and start the process group. OwnError, one line, if they cannot be reached."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    failed = f"process {rank} cannot join the other {world - 1} through MASTER_ADDR:MASTER_PORT={where}"
+
+    def give_up():  # torch waits for ever for one who accepts and then says nothing
+        print(f"train.py: {failed}: whoever listens there says nothing", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    watchdog = Timer(limit.total_seconds() + 10, give_up)
+    watchdog.daemon = True
+    watchdog.start()
     try:
         shared, rank, world = next(td.rendezvous("env://", timeout=limit))
         store = td.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), shared)
         td.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     except (RuntimeError, ValueError, OSError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).split("\n")[0][:200]
-        raise OwnError(
-            f"process {rank} cannot join the other {world - 1} through MASTER_ADDR:MASTER_PORT={where}: {reason}"
-        ) from None
+        raise OwnError(f"{failed}: {str(error).splitlines()[0][:200]}") from None
+    finally:
+        watchdog.cancel()
 
 
 # -- errors --------------------------------------------------------------------------------------------------

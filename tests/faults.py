@@ -19,6 +19,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -641,6 +642,7 @@ def numbers(n):
 
 
 ALONE = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+QUIET = socket.create_server(("127.0.0.1", 0))  # takes calls and never answers
 GONE, SILENT = "another process has ended", "another process did not answer in time"
 stop = lambda batch: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
 PEERS = {  # environment or number of processes, fault, flags, {rank: words of its line}; --quick: one GONE, one SILENT
@@ -654,6 +656,8 @@ PEERS = {  # environment or number of processes, fault, flags, {rank: words of i
     "an unknown master": (ALONE | {"MASTER_ADDR": "no.such"}, nothing, ["--timeout=2"], {0: "MASTER_PORT=no.such:1"}),
     "rank 1 never comes": (ALONE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "0"}, nothing, ["--timeout=2"],
                            {0: "cannot join"}),
+    "a master that says nothing": (ALONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(QUIET.getsockname()[1])},
+                                   nothing, ["--timeout=1"], {0: "whoever listens there says nothing"}),
     "RANK=zero": (ALONE | {"RANK": "zero"}, nothing, [], {0: "RANK=zero is not a number"}),
     "RANK=-1": (ALONE | {"RANK": "-1"}, nothing, [], {0: "RANK=-1 is not a number"}),
     "RANK=2 of 2": (ALONE | {"RANK": "2"}, nothing, [], {0: "RANK=2 must be below WORLD_SIZE=2"}),
