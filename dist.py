@@ -670,7 +670,7 @@ def fault(state):
             return f"its {name} is empty or of a wrong type"
     if state["step"] < 0 or type(state.get("n_domains", 1)) is not int or state.get("n_domains", 1) < 1:
         return "its step or its number of domains is wrong"
-    if not isinstance(state.get("vocabulary", ""), str):
+    if not isinstance(state.get("vocabulary") or "", str):
         return "its vocabulary is of a wrong type"
     model = state["model"]
     dense = lambda t: torch.is_tensor(t) and t.layout == torch.strided and t.device.type == "cpu"  # noqa: E731

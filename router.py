@@ -1220,10 +1220,10 @@ class Skip(Gate):
         G[n, z_n] = n_j / min(n_j, c) for survivors, 0 for skipped tokens
 
     Averaged over who survives, G is the one-hot sample: it does not feel the capacity. The gate drops by itself, per
-    routing group. G carries no gradient to W (a hard mixture has weight 1);
-    aux["log_prob"] = G * log p(z) does, times the advantage (`score_function_term`), with the small weight
-    `score`. Evaluation: the argmax with weight 1, no capacity. The paper's body was not available to us; this is
-    derived from its abstract and figure, and proved by enumeration in the tests.
+    routing group. G carries no gradient to W (a hard mixture has weight 1); aux["log_prob"] = G * log p(z) does, times
+    the advantage (`score_function_term`), with the small weight `score`. Evaluation: the argmax with weight 1, no
+    capacity. The paper's body was not available to us; this is derived from its abstract and figure, and proved by
+    enumeration in the tests.
 
     Reads: content. Balanced by: capacity. Looks ahead: in training (survivors depend on later tokens).
     """
