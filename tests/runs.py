@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -71,6 +72,7 @@ def nothing(*where):
 
 def as_script(argv, folder, said, env, before):
     """In a child: what `python train.py ARGV` does, from __main__ on. before(): a fault to put in."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also where the tests run under nohup
     os.chdir(folder)
     os.environ.update(env)
     for fd, name in ((1, "stdout"), (2, "stderr")):
