@@ -693,11 +693,15 @@ def fault(state):
             return f"{name} is not finite"
 
 
-def load_usable(path):
-    """load, and ValueError also for an intact file that is no checkpoint of ours."""
+def load_usable(path, check=lambda config: None):
+    """load, and ValueError also for an intact file that is no checkpoint of ours, or whose config `check` refuses."""
     state = load(path)
     if reason := fault(state):
         raise ValueError(f"{path} is not usable: {reason}")
+    try:
+        check(state["config"])
+    except ValueError as error:
+        raise ValueError(f"{path} is not usable: {error}") from None
     return state
 
 
@@ -711,12 +715,7 @@ def find(folder, warn=warn, check=lambda config: None):
     paths, reasons = checkpoints(folder), []
     for path in reversed(paths):
         try:
-            state = load_usable(path)
-            try:
-                check(state["config"])
-            except ValueError as error:
-                raise ValueError(f"{path} is not usable: {error}") from None
-            return path, state
+            return path, load_usable(path, check)
         except (OSError, ValueError) as error:
             reasons.append(str(error))
             warn(f"{error}; trying the one before it")

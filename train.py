@@ -402,7 +402,8 @@ def changes(old, cfg):
     """What a resumed run does otherwise than before, for the screen."""
     differ = [f"--{n}={now} (before: {old[n]})" for n, now in vars(cfg).items()
               if n != "out_dir" and old.get(n, now) != now]  # fmt: skip
-    follow = "; learning rate and phases follow the new length" if "--max_steps" in " ".join(differ) else ""
+    longer = old.get("max_steps", cfg.max_steps) != cfg.max_steps
+    follow = "; learning rate and phases follow the new length" if longer else ""
     return f"; from here on {', '.join(differ)}{follow}" if differ else ""
 
 

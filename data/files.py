@@ -62,22 +62,30 @@ def staging(folder):
             os.replace(os.path.join(tmp, name), os.path.join(folder, name))
 
 
-@contextlib.contextmanager
-def at_work(folder):
+def try_lock(folder):
     """
-    with at_work(folder) as mine: it is locked until the end of the block, or of this process. mine: False if another
-    process has it, or if the system has no locks.
+    Lock a folder until the descriptor is closed, or until this process ends, however it ends. -> (descriptor, True);
+    (None, False) if another process has it, (None, None) if this system or its file system has no locks.
     """
-    file = os.open(folder, os.O_RDONLY) if fcntl else None
+    if fcntl is None:
+        return None, None
+    file = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = True
-    except (AttributeError, OSError):
-        mine = False
+        return file, True
+    except OSError as error:
+        os.close(file)
+        return None, False if isinstance(error, BlockingIOError) else None
+
+
+@contextlib.contextmanager
+def at_work(folder):
+    """with at_work(folder) as mine: it is locked until the end of the block, unless mine is not True: see try_lock."""
+    file, mine = try_lock(folder)
     try:
         yield mine
     finally:
-        if fcntl:
+        if mine:
             os.close(file)
 
 

@@ -8,13 +8,9 @@ import tempfile
 import time
 from contextlib import ExitStack
 
+from data import files
 from dist import checkpoints
 from experts import log_stats
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 def describe(run, done, batch, task, aux):
@@ -131,17 +127,12 @@ def lock(folder):
             pass
     except OSError as error:
         raise OSError(f"cannot write to --out_dir={folder} ({error.strerror}): name another folder") from None
-    held = ExitStack()
-    if fcntl is None:
+    file, mine = files.try_lock(folder)
+    if mine is False:
+        raise ValueError(f"another run is writing to {folder}: choose another --out_dir")
+    if files.fcntl is None:
         print("note: this system has no file locks: two runs in one folder would not notice each other", flush=True)
-        return held
-    file = os.open(folder, os.O_RDONLY)
-    held.callback(os.close, file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise ValueError(f"another run is writing to {folder}: choose another --out_dir") from None
-    except OSError:
-        pass  # a file system without locks
+    held = ExitStack()
+    if mine:
+        held.callback(os.close, file)
     return held

@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A run in this process leaves its signal handlers behind, and under nohup (also that of the tests) ignores SIGHUP."""
+    """A run in this process leaves its signal handlers behind; under nohup, the tests' own, too, it ignores SIGHUP."""
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield

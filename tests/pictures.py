@@ -293,28 +293,31 @@ class Taken(NamedTuple):
     decode: object  # token id -> text
 
 
-def take(folder, layer=0):
-    """Run the held-out text through the newest checkpoint of a run and watch one of its mixture layers. ValueError if
-    it is no GPT with a mixture."""
+def take(folder):
+    """Run the held-out text through the newest checkpoint of a run. -> [Taken of each mixture layer]. ValueError if it
+    is no GPT with a mixture."""
     run = train.set_up(dict(out_dir=folder, eval_only=True))
     if run.cfg.objective != "gpt" or not run.model.gates():
         raise ValueError(f"{folder} is not a run with --objective=gpt and more than one expert")
-    gate, corpus, seen = run.model.gates()[layer], run.objective.corpus, []
+    gates, corpus, seen = run.model.gates(), run.objective.corpus, []
     split, names = corpus.held_out()[0], corpus.names()
-    counts = torch.zeros(gate.E * len(names) * corpus.V, dtype=torch.long)
-    watch = gate.register_forward_hook(lambda gate, inputs, routing: seen.append(routing.G.cpu()))
+    counts = torch.zeros(len(gates), gates[0].E * len(names) * corpus.V, dtype=torch.long)
+    hooks = [g.register_forward_hook(lambda gate, inputs, routing: seen.append(routing.G.cpu())) for g in gates]
     with train.evaluating(run.model):
         for batch in run.objective.held_out(split):
             filler = (batch["y"] < 0).flatten()  # rows that make the last batch whole
             ids, domain = batch["x"].flatten(), batch["domain"].flatten()
             (batch,) = batches.micro_batches(batch, 1, run.mesh)
             train.task_loss(run.model, batch)
-            token, expert = seen.pop().masked_fill(filler[:, None], 0).nonzero(as_tuple=True)
-            where = (expert * len(names) + domain[token]) * corpus.V + ids[token]
-            counts += torch.bincount(where, minlength=len(counts))
-    watch.remove()
-    counts = counts.view(gate.E, len(names), corpus.V)
-    return Taken(f"{run.cfg.gate}, after {run.first} steps", counts, names, lambda i: corpus.tok.decode([i]))
+            for layer, G in zip(counts, seen):
+                token, expert = G.masked_fill(filler[:, None], 0).nonzero(as_tuple=True)
+                where = (expert * len(names) + domain[token]) * corpus.V + ids[token]
+                layer += torch.bincount(where, minlength=len(layer))
+            seen.clear()
+    for hook in hooks:
+        hook.remove()
+    name, decode = f"{run.cfg.gate}, after {run.first} steps", lambda i: corpus.tok.decode([i])
+    return [Taken(name, layer.view(gates[0].E, len(names), corpus.V), names, decode) for layer in counts]
 
 
 def characteristic(counts, least=50, most=5):
@@ -343,7 +346,7 @@ def draw_experts(path, folders):
     """A table for each run: its experts, those with the most of the first domain on top."""
     parts, y = [], 158
     for folder in folders:
-        taken = take(folder)
+        taken = take(folder)[0]
         parts += table(y, taken)
         y += 110 + 28 * len(taken.counts)
     caption = (
@@ -412,8 +415,8 @@ def draw_traffic(path, folders):
     """A column for each run: for its first and its last mixture layer, which experts the text of each node goes to."""
     parts = []
     for i, folder in enumerate(folders):
-        for j, layer in enumerate((0, -1)):
-            parts += matrix(10 + 350 * i, 138 + 300 * j, take(folder, layer), ("first", "last")[j])
+        layers = take(folder)
+        parts += matrix(10 + 350 * i, 138, layers[0], "first") + matrix(10 + 350 * i, 438, layers[-1], "last")
     caption = (
         "Two nodes, each with a text of its own and half of the experts. A column: a node's tokens and",
         "the share of them that each expert gets; framed: the experts on the node itself.",

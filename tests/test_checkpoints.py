@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from ranks import run_ranks
 from runs import same
 from test_dist import D, E, LAYOUTS, V, default_dtype, largest, make, train_step  # noqa: F401
-import data.log
+import data.files
 import dist
 from data.log import lock
 from dist import Mesh, make_mesh
@@ -531,6 +531,6 @@ def test_one_run_per_folder(tmp_path):
 
 
 def test_without_file_locks(tmp_path, capsys):
-    with patch.object(data.log, "fcntl", None):
+    with patch.object(data.files, "fcntl", None):
         lock(tmp_path).close()
     assert "would not notice each other" in capsys.readouterr().out

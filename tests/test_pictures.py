@@ -152,12 +152,12 @@ def test_experts_counts_every_held_out_token_once_per_expert(runs):
     windows = [
         (d, start) for d, (_, first, end) in enumerate(corpus.domains("val")) for start in range(first, end - 16, 16)
     ]
-    table = pictures.take(runs["hash"])
+    table = pictures.take(runs["hash"])[0]
     for d in 0, 1:
         ids = torch.tensor([int(i) for of, s in windows if of == d for i in corpus.splits["val"][s : s + 16]])
         assert torch.equal(table.counts[:, d].sum(0), ids.bincount(minlength=corpus.V))
     assert ((table.counts.sum(1) > 0).sum(0) <= 1).all()  # an id has one expert
-    two = pictures.take(runs["topk"])
+    two = pictures.take(runs["topk"])[0]
     assert two.counts.shape == (8, 2, corpus.V) and torch.equal(two.counts.sum(0), 2 * table.counts.sum(0))
 
 
@@ -176,7 +176,7 @@ def test_traffic_counts_the_rows_that_leave_their_node(runs, tmp_path):
     check_form(tmp_path / "traffic.svg")
     shown = words(tmp_path / "traffic.svg")
     for layer, name in (0, "first"), (-1, "last"):
-        counts = pictures.take(runs["hash"], layer).counts.sum(2).tolist()  # (E, domains)
+        counts = pictures.take(runs["hash"])[layer].counts.sum(2).tolist()  # (E, domains)
         left = sum(row[0] for row in counts[4:]) + sum(row[1] for row in counts[:4])
         at = shown.index(f"hash, after 0 steps: {name} mixture")
         assert shown[at + 1] == f"{left / sum(map(sum, counts)):.0%} of the rows leave their node"
