@@ -77,6 +77,7 @@ def test_one_step_by_hand(corpora, tmp_path, gate, args, objective, accum):
     if gate == "switch":
         more.append("--capacity_factor=0.7")
     run = set_up(corpora, tmp_path, *more, objective=objective)
+    run.model.double()  # so that sums in another order are the same
     model, batch, smoothing = run.model.train(), run.objective.train_batch(0), run.cfg.label_smoothing
     twin, size, n_targets = copy.deepcopy(model), len(batch["y"]) // accum, int((batch["y"] >= 0).sum())
     weights, loss, task = twin.gates()[0].loss_weights, 0.0, 0.0
@@ -104,8 +105,8 @@ def test_one_step_by_hand(corpora, tmp_path, gate, args, objective, accum):
     got_task, _, got_norm = train.train_step(run, model, batch)
     assert got_task.item() == pytest.approx(task, rel=1e-5) and got_norm.item() == pytest.approx(norm.item(), rel=1e-4)
     assert norm > 0.1 and len(told) == len(model.gates()) and seen.keys() == want.keys()
-    for name, g in seen.items():  # to within rounding: the largest of each are 5e-3 and above
-        assert torch.allclose(g, want[name] * (0.05 / norm), rtol=1e-3, atol=1e-6), name
+    for name, g in seen.items():
+        assert torch.allclose(g, want[name] * (0.05 / norm), rtol=1e-3, atol=1e-7), name
 
 
 @pytest.mark.parametrize("gate", ["switch", "skip", "locmoeplus", "deepseekv3", "remoe"])
