@@ -518,7 +518,7 @@ def main(argv):
     run = dist.alike(lambda: set_up(given))
     if "sample" in given:
         with evaluating(run.model):
-            run.say(run.objective.sample(run, given["sample"]))
+            run.say(dist.alike(lambda: run.objective.sample(run, given["sample"])))
     elif run.cfg.eval_only:
         score(run, given)
     else:

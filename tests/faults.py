@@ -455,6 +455,7 @@ USES = {  # of a finished run: kind, what is done to its checkpoints, flags, wor
     "another model": ("gpt", nothing, ["--init_from=resume", "--n_embd=32"], "n_embd=32"),
     "huge weights, evaluated": ("gpt", huge, ["--eval_only"], "not finite"),
     "huge weights, sampled": ("gpt", huge, ["--sample=x"], "not finite"),
+    "huge weights, sampled by two": ("EvoMoE, 2 processes", huge, ["--sample=x"], "not finite"),
     "huge weights, translated": ("translation", huge, ["--sample=x"], "not finite"),
     "huge weights, BLEU": ("translation", huge, ["--eval_only"], "not finite"),
     "huge weights, classified": ("classify", huge, ["--eval_only"], "not finite"),
@@ -474,7 +475,7 @@ def uses(n):
             shutil.copytree(uninterrupted(kind)[0], folder / "out")
             for path in dist.checkpoints(folder / "out"):
                 damage(path)
-            refused(["--out_dir=out", *argv], folder, words)
+            refused(["--out_dir=out", *argv], folder, words, world=KINDS[kind][0])
 
         yield f"{name}: {' '.join(argv)[:40]}", case
 
