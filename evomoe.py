@@ -96,13 +96,16 @@ def check(cfg, state):
     if cfg.spawn == "importance" and starts_dense(cfg, state):
         split(torch.zeros(width), cfg.n_experts, cfg.expert_hidden or width, cfg.spawn_ratio)
     elif cfg.expert_hidden not in (0, width) and starts_dense(cfg, state) and cfg.n_experts > 1:
-        raise ValueError(f"--expert_hidden={cfg.expert_hidden}: experts of another width than the FFN they come from "
-                         f"({width}) need --spawn=importance, or --diversify=0")  # fmt: skip
+        raise ValueError(
+            f"--expert_hidden={cfg.expert_hidden}: experts of another width than the FFN they come from "
+            f"({width}) need --spawn=importance, or --diversify=0"
+        )
     if cfg.teacher and not cfg.distill:
         raise ValueError(f"--teacher={cfg.teacher} teaches nothing without --distill=WEIGHT, 1 to 5")
     if cfg.distill and not starts_trained(cfg) and not cfg.teacher:
-        raise ValueError(f"--distill={cfg.distill} needs a teacher: --init_from=OUT_DIR of a dense run, or "
-                         "--teacher=OUT_DIR")  # fmt: skip
+        raise ValueError(
+            f"--distill={cfg.distill} needs a teacher: --init_from=OUT_DIR of a dense run, or --teacher=OUT_DIR"
+        )
 
 
 def starts_trained(cfg):
@@ -130,8 +133,10 @@ def spawn_if_due(run, step, task_loss):
     optimizer = make_optimizer(model, cfg)
     grow(old, run.optimizer, model, optimizer, cfg, scores)
     run.model, run.optimizer = model.train(), optimizer
-    run.say(f"step {step:5d} | one expert per layer becomes {cfg.n_experts} ({cfg.spawn}): "
-            f"{model.n_params()[0] / 1e6:.2f} M parameters")  # fmt: skip
+    run.say(
+        f"step {step:5d} | one expert per layer becomes {cfg.n_experts} ({cfg.spawn}): "
+        f"{model.n_params()[0] / 1e6:.2f} M parameters"
+    )
     return True
 
 
@@ -239,9 +244,11 @@ def split(score, n_experts, width, share):
     dropped. ValueError if there are too few neurons."""
     order, shared = score.argsort(descending=True, stable=True), round(share * width)
     if shared + n_experts * (width - shared) > len(score):
-        raise ValueError(f"{len(score)} neurons cannot give {n_experts} experts {shared} common ones and "
-                         f"{width - shared} of their own: lower --expert_hidden={width} or share more "
-                         f"(--spawn_ratio={share})")  # fmt: skip
+        raise ValueError(
+            f"{len(score)} neurons cannot give {n_experts} experts {shared} common ones and "
+            f"{width - shared} of their own: lower --expert_hidden={width} or share more "
+            f"(--spawn_ratio={share})"
+        )
     return [torch.cat([order[:shared], order[shared + e :: n_experts]])[:width] for e in range(n_experts)]
 
 
@@ -256,11 +263,15 @@ MODEL_FIELDS = DENSE_FIELDS + "n_experts moe_every gate k gate_args permute expe
 def agree(given, fields, where, flag, also=()):
     """ValueError if flags contradict what trained weights need, a config or a part of it; flag: which one named them;
     also: more of its fields."""
-    differ = [f"{n}={given[n]!r} (there: {fields[n]!r})" for n in (*MODEL_FIELDS, *also)
-              if n in given and n in fields and given[n] != fields[n]]  # fmt: skip
+    differ = [
+        f"{n}={given[n]!r} (there: {fields[n]!r})"
+        for n in (*MODEL_FIELDS, *also)
+        if n in given and n in fields and given[n] != fields[n]
+    ]
     if differ:
-        raise ValueError(f"{where} is from another config: {', '.join(differ)}; drop these flags, or choose another "
-                         f"{flag}")  # fmt: skip
+        raise ValueError(
+            f"{where} is from another config: {', '.join(differ)}; drop these flags, or choose another {flag}"
+        )
 
 
 def whole(where, objective, mesh):
@@ -268,8 +279,10 @@ def whole(where, objective, mesh):
     path, state = dist.newest(where, mesh)
     config = state["config"]
     if config["objective"] != objective:
-        raise ValueError(f"--init_from={where}: {path} is a model for {config['objective']}; fine-tuning needs a run "
-                         f"of --objective={objective}")  # fmt: skip
+        raise ValueError(
+            f"--init_from={where}: {path} is a model for {config['objective']}; fine-tuning needs a run "
+            f"of --objective={objective}"
+        )
     names = {*MODEL_FIELDS, "capacity_factor", "drop_order", "seed"} - {"objective"}
     fields = {name: value for name, value in config.items() if name in names}
     fields["n_experts"] = 1 if is_dense(state) else fields["n_experts"]
@@ -284,8 +297,10 @@ def trained(where, mesh, flag="init_from"):
     def is_ours():
         if not os.path.isdir(where) and not where.startswith("gpt2"):
             known = ["scratch", "resume", "gpt2"] if flag == "init_from" else ["gpt2"]
-            raise ValueError(f"--{flag}={where} is unknown{closest(where, known)}; choose from {', '.join(known)}, or "
-                             "the folder of a dense run")  # fmt: skip
+            raise ValueError(
+                f"--{flag}={where} is unknown{closest(where, known)}; choose from {', '.join(known)}, or "
+                "the folder of a dense run"
+            )
         return os.path.isdir(where) and not os.path.exists(os.path.join(where, "config.json"))
 
     if mesh.on_all(is_ours):
@@ -320,13 +335,20 @@ def from_gpt2(gpt2):
     stored (in, out); its GELU is the tanh form, from which the exact one differs by up to 5e-4. ValueError names a
     setting of theirs that our model does not have."""
     c, theirs = gpt2.config, gpt2.transformer.state_dict()
-    only = dict(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                reorder_and_upcast_attn=False, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-                add_cross_attention=False)  # fmt: skip
+    only = dict(
+        activation_function="gelu_new",
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        reorder_and_upcast_attn=False,
+        layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True,
+        add_cross_attention=False,
+    )
     for name, value in only.items():
         if getattr(c, name, value) != value:
-            raise ValueError(f"this GPT-2 has {name}={getattr(c, name)!r}, our GPT only {value!r}: its logits would "
-                             "differ")  # fmt: skip
+            raise ValueError(
+                f"this GPT-2 has {name}={getattr(c, name)!r}, our GPT only {value!r}: its logits would differ"
+            )
     fields = dict(objective="gpt", n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_hidden=c.n_inner or 0,
                   bias=True, activation="gelu_tanh")  # fmt: skip
     ours = {"wte.weight": theirs["wte.weight"], "wpe.weight": theirs["wpe.weight"]}
@@ -351,8 +373,10 @@ def to_gpt2(state):
     c, ours = state["config"], state["model"]
     activations = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
     if not is_dense(state) or c["objective"] != "gpt" or c["activation"] not in activations:
-        raise ValueError(f"a GPT-2 is a dense run of --objective=gpt with GELU, this is one of {c['objective']} with "
-                         f"{c['n_experts']} experts and {c['activation']}")  # fmt: skip
+        raise ValueError(
+            f"a GPT-2 is a dense run of --objective=gpt with GELU, this is one of {c['objective']} with "
+            f"{c['n_experts']} experts and {c['activation']}"
+        )
     V, D = ours["wte.weight"].shape
     H = ours["stack.blocks.0.ffn.w1"].shape[1]
     shape = dict(vocab_size=V, n_positions=len(ours["wpe.weight"]), n_embd=D, n_inner=H)
@@ -388,8 +412,9 @@ def load_weights(model, weights, mesh):
     weights = dict(weights)
     V = len(weights["wte.weight"])
     if model.V < V:
-        raise ValueError(f"the weights know {V} tokens, the corpus only {model.V}: prepare it with the same "
-                         "--tokenizer")  # fmt: skip
+        raise ValueError(
+            f"the weights know {V} tokens, the corpus only {model.V}: prepare it with the same --tokenizer"
+        )
     weights["wte.weight"] = torch.cat([weights["wte.weight"], model.wte.weight[V:].detach().cpu()])
     weights["wpe.weight"] = weights["wpe.weight"][: model.cfg.block_size]
     fresh = {name: t for name, t in dist.named_tensors(model).items() if name.startswith("classifier.")}

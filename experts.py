@@ -302,8 +302,9 @@ def feed_forward(cfg, layer, is_moe, std=0.02, mesh=None, **offered):
         return ffn
     with torch.random.fork_rng(devices=[]):  # the gate's own stream: the rest of the model is not disturbed
         torch.manual_seed(cfg.seed * 1000 + layer)
-        gate = make_gate(cfg.gate, cfg.gate_args, cfg.k, D=cfg.n_embd, E=cfg.n_experts, layer=layer, seed=cfg.seed,
-                         **offered)  # fmt: skip
+        gate = make_gate(
+            cfg.gate, cfg.gate_args, cfg.k, D=cfg.n_embd, E=cfg.n_experts, layer=layer, seed=cfg.seed, **offered
+        )
         if cfg.permute:
             gate = Permuted(gate, offered.get("steps", 1), cfg.permute)
     if gate.loss_weights.get("locality") and mesh.ep % mesh.ranks_per_node and mesh.ranks_per_node % mesh.ep:
@@ -328,8 +329,10 @@ def check_causality(moes, causal, cfg):
     moe = moes[0]
     what = f"--gate={cfg.gate} (drop order: {moe.drop_order})"
     if moe.gate.looks_ahead == "always" and not cfg.insist:
-        raise ValueError(f"{what} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist "
-                         "to do it all the same)")  # fmt: skip
+        raise ValueError(
+            f"{what} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist "
+            "to do it all the same)"
+        )
     if moe.gate.looks_ahead == "always":
         return f"note: {what} looks at later tokens, at evaluation too: the held-out loss means nothing\n"
     gate = getattr(moe.gate, "gate", moe.gate)  # inside Permuted

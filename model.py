@@ -58,10 +58,9 @@ class Attention(nn.Module):
                 k, v = torch.cat([cache["kv"][0], k], 2), torch.cat([cache["kv"][1], v], 2)
             if cache is not None:
                 cache["kv"] = k, v
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if mask is None else mask[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0, is_causal=causal and T > 1,
-        )  # fmt: skip
+        mask = None if mask is None else mask[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and T > 1)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -124,8 +123,10 @@ class Model(nn.Module):
         if cfg.n_embd % cfg.n_head:
             raise ValueError(f"--n_embd={cfg.n_embd} is not divisible by --n_head={cfg.n_head}")
         if cfg.n_experts > 1 and cfg.moe_every > cfg.n_layer:
-            raise ValueError(f"--moe_every={cfg.moe_every} with --n_layer={cfg.n_layer} leaves no layer for a mixture: "
-                             "lower it, or take --n_experts=1")  # fmt: skip
+            raise ValueError(
+                f"--moe_every={cfg.moe_every} with --n_layer={cfg.n_layer} leaves no layer for a mixture: "
+                "lower it, or take --n_experts=1"
+            )
         self.cfg, self.V = cfg, V
         self.wte = nn.Embedding(V, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
@@ -146,8 +147,9 @@ class Model(nn.Module):
     def embed(self, x, start=0):
         """x (B, T) token ids at positions start to start + T -> (B, T, D)."""
         if start + x.shape[1] > self.cfg.block_size:
-            raise ValueError(f"a sequence of {start + x.shape[1]} tokens is longer than "
-                             f"--block_size={self.cfg.block_size}")  # fmt: skip
+            raise ValueError(
+                f"a sequence of {start + x.shape[1]} tokens is longer than --block_size={self.cfg.block_size}"
+            )
         return self.dropout(self.wte(x) + self.wpe.weight[start : start + x.shape[1]])
 
     def head(self, h, pick=None):
@@ -239,8 +241,9 @@ class GPT(Model):
 def refuse_unless_finite(logits):
     """ValueError for a model that has nothing to say: rather than a text made of NaN."""
     if not logits.isfinite().all():
-        raise ValueError("the model's output is not finite: its weights are damaged, or were trained at too high a "
-                         "--learning_rate")  # fmt: skip
+        raise ValueError(
+            "the model's output is not finite: its weights are damaged, or were trained at too high a --learning_rate"
+        )
 
 
 class RoBERTa(Model):

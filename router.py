@@ -213,8 +213,10 @@ def make_gate(name, args="", k=0, **offered):
     for pair in filter(None, args.replace(" ", "").split(",")):
         key, _, text = pair.partition("=")
         if key not in knobs:
-            raise ValueError(f"--gate_args={args}: {name} has no knob {key!r}{closest(key, knobs)}; it has: "
-                             f"{', '.join(knobs) or 'none'}")  # fmt: skip
+            raise ValueError(
+                f"--gate_args={args}: {name} has no knob {key!r}{closest(key, knobs)}; it has: "
+                f"{', '.join(knobs) or 'none'}"
+            )
         if key in kwargs:
             raise ValueError(f"--gate_args={args}: {key} is given twice")
         kwargs[key] = read_knob(key, text, knobs[key])
@@ -520,12 +522,15 @@ class DeepSeekV3(Gate):
         super().__init__(D, E, k)
         fits = expert_groups > 0 and E % expert_groups == 0
         enough = fits and 1 <= keep_groups <= expert_groups and keep_groups * E // expert_groups >= k
-        refuse_unless("deepseekv3",
+        refuse_unless(
+            "deepseekv3",
             expert_groups=(expert_groups, fits, f"a divisor of E={E}"),
             keep_groups=(keep_groups, enough, f"from 1 to {expert_groups}, and enough for k={k} experts"),
-            gamma=(gamma, gamma >= 0, "at least 0"), anneal=(anneal, 0 <= anneal <= 1, "from 0 to 1"),
+            gamma=(gamma, gamma >= 0, "at least 0"),
+            anneal=(anneal, 0 <= anneal <= 1, "from 0 to 1"),
             rule=(rule, rule == "sign" or rule == "quantile" and expert_groups == 1, "sign, or quantile in one group"),
-            route_scale=(route_scale, route_scale > 0, "above 0"))  # fmt: skip
+            route_scale=(route_scale, route_scale > 0, "above 0"),
+        )
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
         self.start_gamma, self.last_step = gamma, anneal * steps if steps else math.inf
         self.route_scale, self.expert_groups, self.keep_groups = route_scale, expert_groups, keep_groups
@@ -648,14 +653,16 @@ class DTS(Gate):
     def __init__(self, D, E, k=1, tau_max=1.0, tau_min=1.0, dense=0.02, hard=0.06, threshold=0.001, tighten=0.5,
                  combine="gumbel", noise="none", balance=0.01, reads="content", init=0.1, V=0, steps=0):  # fmt: skip
         super().__init__(D, E, k)
-        refuse_unless("dts",
+        refuse_unless(
+            "dts",
             combine=(combine, combine in ("gumbel", "softmax"), "gumbel or softmax"),
             noise=(noise, noise in ("none", "annealed", "constant"), "none, annealed or constant"),
             reads=(reads, reads in ("content", "id"), "content or id"),
             tau_min=(tau_min, 0 < tau_min <= tau_max, f"above 0 and at most tau_max={tau_max}"),
             hard=(hard, 0 <= dense <= hard <= 1, f"at least dense={dense}, and both from 0 to 1"),
             threshold=(threshold, 0 < threshold <= tighten <= 1, f"above 0 and at most tighten={tighten} <= 1"),
-            init=(init, init >= 0, "at least 0"))  # fmt: skip
+            init=(init, init >= 0, "at least 0"),
+        )
         self.by_id = reads == "id"
         self.weight = nn.Parameter(torch.randn(V, E) if self.by_id else init * torch.randn(E, D) * D**-0.5)
         self.final_k, self.bar_range, self.gumbel = k, (threshold, tighten), combine == "gumbel"
@@ -670,8 +677,11 @@ class DTS(Gate):
         self.set("dense", tau_max, self.noise_range[0])
 
     def phases(self):
-        table = [("dense", 0, self.sparse_from), ("tighten", self.sparse_from, self.hard_from),
-                 ("hard", self.hard_from, self.steps)]  # fmt: skip
+        table = [
+            ("dense", 0, self.sparse_from),
+            ("tighten", self.sparse_from, self.hard_from),
+            ("hard", self.hard_from, self.steps),
+        ]
         return [(name, first) for name, first, end in table if first < end]
 
     def set_step(self, step):
@@ -730,8 +740,11 @@ class ReMoE(Gate):
 
     def __init__(self, D, E, k=1, start=1e-8, alpha=1.2):
         super().__init__(D, E, k)
-        refuse_unless("remoe", start=(start, 1e-30 <= start <= 1, "from 1e-30 to 1"),
-            alpha=(alpha, 1 <= alpha <= 10, "from 1 to 10"))  # fmt: skip
+        refuse_unless(
+            "remoe",
+            start=(start, 1e-30 <= start <= 1, "from 1e-30 to 1"),
+            alpha=(alpha, 1 <= alpha <= 10, "from 1 to 10"),
+        )
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
         self.start, self.alpha = start, alpha
         self.register_buffer("price", torch.tensor(start))  # lambda
@@ -1102,8 +1115,13 @@ class LocMoE(Gate):
         super().__init__(D, E, k=1)
         if D % E:
             raise ValueError(f"--n_experts={E} must divide --n_embd={D}: each expert reads a block of features")
-        refuse_unless("locmoe", eps=(eps, 0 < eps < 1, "between 0 and 1"), noise=(noise, noise >= 0, "at least 0"),
-                      delta=(delta, 0 <= delta < 1, "from 0 to below 1"), slots=(slots, slots > 0, "> 0"))  # fmt: skip
+        refuse_unless(
+            "locmoe",
+            eps=(eps, 0 < eps < 1, "between 0 and 1"),
+            noise=(noise, noise >= 0, "at least 0"),
+            delta=(delta, 0 <= delta < 1, "from 0 to below 1"),
+            slots=(slots, slots > 0, "> 0"),
+        )
         self.scale = (D / E) ** 0.5 if unit_variance else 1.0
         self.relu, self.noise, self.eps = relu, noise, eps
         self.capacity = None
@@ -1147,9 +1165,12 @@ class LocMoEPlus(Gate):
         super().__init__(D, E, k)
         if D % E:
             raise ValueError(f"--n_experts={E} must divide --n_embd={D}: each expert reads a block of features")
-        refuse_unless("locmoeplus",
-            eps=(eps, 0 < eps < 1, "between 0 and 1"), floor=(floor, 0 <= floor <= 1, "from 0 to 1"),
-            capacity_factor=(capacity_factor, capacity_factor > 0, "above 0"))  # fmt: skip
+        refuse_unless(
+            "locmoeplus",
+            eps=(eps, 0 < eps < 1, "between 0 and 1"),
+            floor=(floor, 0 <= floor <= 1, "from 0 to 1"),
+            capacity_factor=(capacity_factor, capacity_factor > 0, "above 0"),
+        )
         self.eps, self.capacity_factor, self.floor = eps, capacity_factor, floor
         z = torch.randn(4096, E, generator=torch.Generator().manual_seed(0))
         self.register_buffer("least", z.topk(k, dim=1).values.relu().mean() * D**-0.5)
@@ -1272,8 +1293,11 @@ class GumbelMatching(Gate):
 
     def __init__(self, D, E, capacity_factor=1.0, clip=0.0, score=0.01):
         super().__init__(D, E, k=1)
-        refuse_unless("gumbelmatching", clip=(clip, clip >= 0, "at least 0; 0 means no bound"),
-                      capacity_factor=(capacity_factor, capacity_factor >= 1, "at least 1"))  # fmt: skip
+        refuse_unless(
+            "gumbelmatching",
+            clip=(clip, clip >= 0, "at least 0; 0 means no bound"),
+            capacity_factor=(capacity_factor, capacity_factor >= 1, "at least 1"),
+        )
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
         self.capacity_factor, self.clip, self.loss_weights = capacity_factor, clip, {"log_prob": score}
 
@@ -1341,8 +1365,11 @@ class Permuted(nn.Module):
 
     def __init__(self, gate, steps=1, search=0.05, schedule="corrected", zeta=1e-4):
         super().__init__()
-        refuse_unless("permuted", schedule=(schedule, schedule in ("corrected", "official"), "corrected or official"),
-                      search=(search, 0 < search < 1, "between 0 and 1"))  # fmt: skip
+        refuse_unless(
+            "permuted",
+            schedule=(schedule, schedule in ("corrected", "official"), "corrected or official"),
+            search=(search, 0 < search < 1, "between 0 and 1"),
+        )
         self.gate, self.D, self.E = gate, gate.D, gate.E
         self.looks_ahead, self.drop_order, self.drops_itself = gate.looks_ahead, gate.drop_order, gate.drops_itself
         self.window, self.official, self.zeta = max(1, round(search * steps)), schedule == "official", zeta

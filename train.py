@@ -56,8 +56,9 @@ from router import gates, score_function_term
 
 @dataclass
 class Config:
-    objective: str = flag("gpt", "gpt, roberta, classify (fine-tuning a RoBERTa), translation", one_of=OBJECTIVES,
-                          heading="What to learn")  # fmt: skip
+    objective: str = flag(
+        "gpt", "gpt, roberta, classify (fine-tuning a RoBERTa), translation", one_of=OBJECTIVES, heading="What to learn"
+    )
     dataset: str = flag("", 'a folder under data/; "": stdlib, or grammar for translation, no download')
 
     n_layer: int = flag(4, "blocks (in encoder and decoder each, for translation)", 1, 1000, heading="The Transformer")
@@ -354,17 +355,18 @@ def finish(run, log, clock):
         scores, text = run.objective.finish(run)
     if scores:
         log({"step": cfg.max_steps, "final": True} | scores)
-    run.say(text + "\n" + "-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample=\"your prompt\"; or, "
-            f"with an --out_dir of its own, another --gate, --n_experts=1 (the dense model), "
-            f"--max_steps={5 * cfg.max_steps}")  # fmt: skip
+    run.say(
+        text + "\n" + "-" * 80 + f'\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample="your prompt"; or, '
+        f"with an --out_dir of its own, another --gate, --n_experts=1 (the dense model), "
+        f"--max_steps={5 * cfg.max_steps}"
+    )
 
 
 def save(run, step):
     """out_dir/ckpt_STEP.pt; the last two are kept."""
-    cfg, model = run.cfg, run.model
     vocabulary = run.objective.corpus.tok.fingerprint()
-    dist.save_checkpoint(cfg.out_dir, step, model, run.optimizer, run.mesh, config=dataclasses.asdict(cfg),
-                         n_domains=run.n_domains, vocabulary=vocabulary)  # fmt: skip
+    more = dict(config=dataclasses.asdict(run.cfg), n_domains=run.n_domains, vocabulary=vocabulary)
+    dist.save_checkpoint(run.cfg.out_dir, step, run.model, run.optimizer, run.mesh, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,8 +402,9 @@ def resumed(given, mesh):
 
 def changes(old, cfg):
     """What a resumed run does otherwise than before, for the screen."""
-    differ = [f"--{n}={now} (before: {old[n]})" for n, now in vars(cfg).items()
-              if n != "out_dir" and old.get(n, now) != now]  # fmt: skip
+    differ = [
+        f"--{n}={now} (before: {old[n]})" for n, now in vars(cfg).items() if n != "out_dir" and old.get(n, now) != now
+    ]
     longer = old.get("max_steps", cfg.max_steps) != cfg.max_steps
     follow = "; learning rate and phases follow the new length" if longer else ""
     return f"; from here on {', '.join(differ)}{follow}" if differ else ""
@@ -445,8 +448,10 @@ def assemble(cfg, state, mesh):
     objective = open_objective(cfg)
     n_domains = state.get("n_domains", objective.n_domains)
     if n_domains < objective.n_domains or state.get("vocabulary") not in (None, objective.corpus.tok.fingerprint()):
-        raise ValueError(f"--dataset={cfg.dataset} has another vocabulary or other domains than the one that the "
-                         "checkpoint was trained with: prepare it as it was then")  # fmt: skip
+        raise ValueError(
+            f"--dataset={cfg.dataset} has another vocabulary or other domains than the one that the "
+            "checkpoint was trained with: prepare it as it was then"
+        )
     torch.manual_seed(cfg.seed)
     build = functools.partial(build_model, cfg, objective, mesh, n_domains)
     mixture = build(cfg.n_experts)  # also before a spawn: wrong knobs of a gate should stop the run now
@@ -461,8 +466,8 @@ def assemble(cfg, state, mesh):
     dtype = cfg.dtype or ("bfloat16" if mesh.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32")
     autocast = torch.autocast(mesh.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     phases = evomoe.show(cfg, mixture) if objective.schedule_step(0) == 0 else ""  # fine-tuning: they are over
-    run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, phases, None, state.get("step", 0),
-              "optimizer" in state)  # fmt: skip
+    first, again = state.get("step", 0), "optimizer" in state
+    run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, phases, first=first, resumed=again)
     evomoe.set_step(mixture, cfg.max_steps, cfg)
     total, active = mixture.n_params()  # as the run will end
     evomoe.set_step(model, objective.schedule_step(run.first), cfg)
@@ -476,8 +481,8 @@ def assemble(cfg, state, mesh):
 def build_model(cfg, objective, mesh, n_domains, n_experts):
     """A fresh model with n_experts experts per MoE layer (the curriculum changes that number)."""
     cfg = dataclasses.replace(cfg, n_experts=n_experts)
-    ffn = functools.partial(feed_forward, cfg, mesh=mesh, V=objective.n_ids, counts=objective.counts,
-                            n_domains=n_domains, steps=evomoe.mixture_steps(cfg))  # fmt: skip
+    facts = dict(V=objective.n_ids, counts=objective.counts, n_domains=n_domains, steps=evomoe.mixture_steps(cfg))
+    ffn = functools.partial(feed_forward, cfg, mesh=mesh, **facts)
     return objective.model(cfg, ffn).to(mesh.device)
 
 
@@ -507,8 +512,10 @@ def score(run, given):
         with evaluating(run.model):
             result |= run.objective.scores(run, split, given.get("bleu_sentences", 0))[0]
         if not math.isfinite(result["loss"]):
-            raise dist.EverybodysError(f"the loss on {split} is not finite: take an earlier checkpoint of "
-                                       f"{run.cfg.out_dir}, or train again with a lower --learning_rate")  # fmt: skip
+            raise dist.EverybodysError(
+                f"the loss on {split} is not finite: take an earlier checkpoint of "
+                f"{run.cfg.out_dir}, or train again with a lower --learning_rate"
+            )
         run.say(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
 

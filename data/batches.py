@@ -98,14 +98,17 @@ def random_starts(corpus, cfg, rng, n_nodes):
     first = np.array([start for _, start, _ in domains])
     room = np.array([max(end - start - T, 0) for _, start, end in domains])  # windows per domain
     if not room.sum():
-        raise ValueError(f"{corpus.folder}: no domain of the train split is longer than one block of {T} tokens: lower "
-                         "--block_size")  # fmt: skip
+        raise ValueError(
+            f"{corpus.folder}: no domain of the train split is longer than one block of {T} tokens: lower --block_size"
+        )
     which = rng.choice(len(domains), size=B, p=room / room.sum())
     if cfg.shard_by_domain:
         if n_nodes < 2 or not room.all():
-            raise ValueError(f"--shard_by_domain gives each node a domain of its own: it needs several nodes (here "
-                             f"{n_nodes}; --ranks_per_node plays some) and domains longer than {T} tokens; to go on "
-                             "without: --shard_by_domain=false")  # fmt: skip
+            raise ValueError(
+                f"--shard_by_domain gives each node a domain of its own: it needs several nodes (here "
+                f"{n_nodes}; --ranks_per_node plays some) and domains longer than {T} tokens; to go on "
+                "without: --shard_by_domain=false"
+            )
         micro = B // cfg.grad_accum
         node = np.arange(B) % micro * n_nodes // micro
         own = room * (np.arange(len(domains)) % n_nodes == node[:, None] % len(domains))  # (B, domains)
@@ -120,8 +123,10 @@ def eval_starts(corpus, split, T, most=0):
     """Starts of non-overlapping windows of a held-out split, never random: `most` of them, evenly spread; 0: all."""
     starts = [s for _, start, end in corpus.domains(split) for s in range(start, end - T, T)]
     if not starts:
-        raise ValueError(f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens: "
-                         "lower --block_size")  # fmt: skip
+        raise ValueError(
+            f"{corpus.folder}: no domain of the {split} split is longer than one block of {T} tokens: "
+            "lower --block_size"
+        )
     n = min(len(starts), most or len(starts))
     return [starts[i * len(starts) // n] for i in range(n)]
 
@@ -181,8 +186,10 @@ def check(cfg, world):
     """ValueError if a batch cannot be cut evenly into micro-batches, processes and routing groups."""
     a, b = cfg.grad_accum * cfg.groups, cfg.grad_accum * world
     if cfg.batch_size % a or cfg.batch_size % b:
-        raise ValueError(f"--batch_size={cfg.batch_size} must be divisible by grad_accum * groups = {a} and by "
-                         f"grad_accum * processes = {b}")  # fmt: skip
+        raise ValueError(
+            f"--batch_size={cfg.batch_size} must be divisible by grad_accum * groups = {a} and by "
+            f"grad_accum * processes = {b}"
+        )
 
 
 def micro_batches(batch, grad_accum, mesh):

@@ -47,8 +47,9 @@ def parse(argv, Config):
         try:
             given[name] = WORDS[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise ValueError(f"--{name}={text} is not of type {kind.__name__}; the default is "
-                             f"{fields[name].default!r}") from None  # fmt: skip
+            raise ValueError(
+                f"--{name}={text} is not of type {kind.__name__}; the default is {fields[name].default!r}"
+            ) from None
     return given
 
 
@@ -61,8 +62,9 @@ def check(values, Config):
         if type(value) is not f.type and (type(value), f.type) != (int, float):
             raise ValueError(f"{f.name}={value!r}, from a file, is not of type {f.type.__name__}")
         if one_of and value not in one_of:
-            raise ValueError(f"--{f.name}={value} is unknown{closest(value, one_of)}; choose from "
-                             f"{', '.join(filter(None, one_of))}")  # fmt: skip
+            raise ValueError(
+                f"--{f.name}={value} is unknown{closest(value, one_of)}; choose from {', '.join(filter(None, one_of))}"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name}={value} must be a finite number")
         if least is not None and value < least or most is not None and value > most:

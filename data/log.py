@@ -81,8 +81,10 @@ class Log:
     def begin(self):
         lines, old = [], checkpoints(self.folder)
         if self.step is None and old:
-            raise ValueError(f"{self.folder} holds checkpoints of an earlier run ({old[-1].name}): continue it "
-                             "with --init_from=resume, choose another --out_dir, or delete them")  # fmt: skip
+            raise ValueError(
+                f"{self.folder} holds checkpoints of an earlier run ({old[-1].name}): continue it "
+                "with --init_from=resume, choose another --out_dir, or delete them"
+            )
         try:
             if self.step is not None and os.path.exists(self.path):
                 with open(self.path, errors="replace") as f:
@@ -107,8 +109,10 @@ class Log:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(entry) + "\n")
             except OSError as e:
-                raise OSError(f"cannot write {self.path}: {e.strerror}. Mend it and start again, with "
-                              "--init_from=resume if there is a checkpoint") from None  # fmt: skip
+                raise OSError(
+                    f"cannot write {self.path}: {e.strerror}. Mend it and start again, with "
+                    "--init_from=resume if there is a checkpoint"
+                ) from None
 
     def __enter__(self):
         return self

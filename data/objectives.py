@@ -161,11 +161,15 @@ class Classification(MaskFilling):
         self.n_domains = 1  # the domain is the label, so gates must not be told
         classes = {split: [name for name, _, _ in corpus.domains(split)] for split in corpus.splits}
         if len(classes["train"]) < 2 or any(names != classes["train"] for names in classes.values()):
-            raise ValueError(f"--dataset={cfg.dataset}: --objective=classify needs two domains or more, the same in "
-                             f"each split; there are {classes}")  # fmt: skip
+            raise ValueError(
+                f"--dataset={cfg.dataset}: --objective=classify needs two domains or more, the same in "
+                f"each split; there are {classes}"
+            )
         if short := corpus.too_short("train", cfg.block_size):
-            raise ValueError(f"--dataset={cfg.dataset}: no passage of {cfg.block_size} tokens to learn {short[0]} "
-                             "from: lower --block_size")  # fmt: skip
+            raise ValueError(
+                f"--dataset={cfg.dataset}: no passage of {cfg.block_size} tokens to learn {short[0]} "
+                "from: lower --block_size"
+            )
 
     def model(self, cfg, ffn):
         return models.RoBERTa(cfg, self.corpus.V, ffn, self.corpus.tok.mask, len(self.parts("train")))
@@ -232,8 +236,10 @@ class Translation(Objective):
     def finish(self, run):
         split = self.corpus.held_out()[-1]
         scores, text = self.scores(run, split, run.cfg.bleu_sentences)
-        text += (f"\n\n{split}: BLEU {scores['bleu']:.2f}, {scores['exact']:.1%} exactly as the reference "
-                 f"({scores['sentences']} sentences, beam of {run.cfg.beams})")  # fmt: skip
+        text += (
+            f"\n\n{split}: BLEU {scores['bleu']:.2f}, {scores['exact']:.1%} exactly as the reference "
+            f"({scores['sentences']} sentences, beam of {run.cfg.beams})"
+        )
         return {f"{split}_{name}": value for name, value in scores.items()}, text
 
     def sample(self, run, prompt):
@@ -245,8 +251,10 @@ def open_objective(cfg):
     make = OBJECTIVES[cfg.objective]
     corpus = batches.Corpus(corpus_folder(cfg.dataset))
     if corpus.meta["kind"] != make.kind:
-        raise ValueError(f"--dataset={cfg.dataset} is a corpus of kind {corpus.meta['kind']}; "
-                         f"--objective={cfg.objective} needs {make.kind}")  # fmt: skip
+        raise ValueError(
+            f"--dataset={cfg.dataset} is a corpus of kind {corpus.meta['kind']}; "
+            f"--objective={cfg.objective} needs {make.kind}"
+        )
     if "train" not in corpus.splits or len(corpus.splits) < 2:
         have = ", ".join(corpus.splits)
         raise ValueError(f"--dataset={cfg.dataset} has the splits {have}; it needs train, and val or test")

@@ -254,8 +254,10 @@ def cell(run, result, device):
 
 
 def layer_part(a, device, autocast):
-    print("\nlayer: forward and backward of one feed-forward layer; ratio to the dense FFN of equal active FLOPs "
-          "(fastest ms, peak MB)\n")  # fmt: skip
+    print(
+        "\nlayer: forward and backward of one feed-forward layer; ratio to the dense FFN of equal active FLOPs "
+        "(fastest ms, peak MB)\n"
+    )
     print(f"{'N':>6} {'D':>4} {'H':>5} {'E':>3} {'k':>2}   " + "".join(f"{name:>24}" for name in CONTESTANTS))
     notes = set()
     for N, D, H, E, k in [(1024, 64, 256, 8, 2), (1024, 64, 256, 32, 1)] if a.quick else LAYERS:
@@ -298,9 +300,11 @@ def step_part(a, device, autocast):
         runs[name], sizes[name] = run, model.n_params()
     for name, (ms, ratio) in race(runs, "dense", a.rounds, device).items():
         memory = peak_memory(runs[name], device)
-        print(f"  {name:12} {sizes[name][0] / 1e6:6.2f} M parameters, {sizes[name][1] / 1e6:5.2f} M active   "
-              f"{ms:7.1f} ms   {ratio:.2f}x"
-              f"   peak {'?' if memory is None else round(memory / 1e6)} MB")  # fmt: skip
+        print(
+            f"  {name:12} {sizes[name][0] / 1e6:6.2f} M parameters, {sizes[name][1] / 1e6:5.2f} M active   "
+            f"{ms:7.1f} ms   {ratio:.2f}x"
+            f"   peak {'?' if memory is None else round(memory / 1e6)} MB"
+        )
 
 
 def gates_part(a, device, autocast):
@@ -388,12 +392,17 @@ def ranks_part(a, device, autocast):
     for W in (1, 2, 4):
         median, fastest, moved, dense = run_ranks(W, rank_steps, a.quick, a.rounds, timeout=600)[0]
         one = one or median
-        print(f"  W {W}   step {median / one:5.2f}x of one process ({1e3 * fastest:6.1f} ms)   rows between ranks "
-              f"{moved / 1e6:6.2f} MB a step"
-              f"   gradients {dense * (W > 1) / 1e6:5.2f} MB a rank", flush=True)  # fmt: skip
-    print(f"  One thread a rank, and all ranks share this machine's {os.cpu_count()} cores: below that number a "
-          f"ratio can fall to 1 / W,\n"
-          "  above it the ranks only take turns. The bytes are what a network would have to carry.")  # fmt: skip
+        print(
+            f"  W {W}   step {median / one:5.2f}x of one process ({1e3 * fastest:6.1f} ms)   rows between ranks "
+            f"{moved / 1e6:6.2f} MB a step"
+            f"   gradients {dense * (W > 1) / 1e6:5.2f} MB a rank",
+            flush=True,
+        )
+    print(
+        f"  One thread a rank, and all ranks share this machine's {os.cpu_count()} cores: below that number a "
+        f"ratio can fall to 1 / W,\n"
+        "  above it the ranks only take turns. The bytes are what a network would have to carry."
+    )
 
 
 def main():

@@ -576,9 +576,11 @@ def main():
     os.makedirs(a.out, exist_ok=True)
     if a.list or not a.claims:
         print("\n".join(f"{name:20} {claim.headline}" for name, claim in CLAIMS.items()))
-        print("unbiased             skipping is unbiased and has less variance than balanced matching, exactly "
-              "enumerated\n"
-              "comet                permutation search finds better assignments with fewer trials")  # fmt: skip
+        print(
+            "unbiased             skipping is unbiased and has less variance than balanced matching, exactly "
+            "enumerated\n"
+            "comet                permutation search finds better assignments with fewer trials"
+        )
     for name in a.claims:
         if name == "phases":
             phases(os.path.dirname(a.log), os.path.join(os.path.dirname(a.log), "phases.svg"))

@@ -113,9 +113,11 @@ def unbiased(a):
             table.append(row)
             print(f"| {row[0]} | {row[1]} | " + " | ".join(f"{v:.3f}" for v in row[2:]) + " |", flush=True)
     skip, match = table[3], table[7]  # weighted, with the exact mean as the baseline
-    print(f"\nverdict: skipping {'is' if skip[2] < 1e-9 and skip[4] < 1e-9 else 'is NOT'} unbiased, exactly; its "
-          f"spread is "
-          f"{skip[3] / match[3]:.2f} of matching's at skew 0 and {skip[5] / match[5]:.2f} at skew 1.5")  # fmt: skip
+    print(
+        f"\nverdict: skipping {'is' if skip[2] < 1e-9 and skip[4] < 1e-9 else 'is NOT'} unbiased, exactly; its "
+        f"spread is "
+        f"{skip[3] / match[3]:.2f} of matching's at skew 0 and {skip[5] / match[5]:.2f} at skew 1.5"
+    )
     write(a, "unbiased", ["estimator", "baseline", "bias 0", "spread 0", "bias 1.5", "spread 1.5"], table)
 
 
