@@ -486,7 +486,7 @@ def verdict(claim, values):
     error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
     gain = mean if claim.higher else -mean
     reach = T95.get(n, 2.26) * error  # for more than ten runs a little too strict
-    says = "reproduced" if gain > reach else "the other way round" if gain < -reach else "not told apart"
+    says = "reproduced" if gain > reach else "the other way round" if gain < -reach else "no significant difference"
     return (f"{says}: {title}, {better} - {worse}, paired by seed: {mean:+.4f} ± {error:.4f} (standard error, {n} "
             f"runs; 95 %: {mean - reach:+.4f} to {mean + reach:+.4f})")  # fmt: skip
 
