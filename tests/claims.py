@@ -32,6 +32,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 QUICK = ("--n_layer=2 --n_embd=32 --block_size=32 --batch_size=8 --max_steps=30 --warmup=10 --learning_rate=4e-3 "
@@ -122,23 +124,24 @@ def smooth(values, n=5):
     return [statistics.mean(values[max(0, i - n) : i + 1]) for i in range(len(values))]
 
 
-def over_steps(title, value, paired=True):
+def over_steps(title, value, paired=True, timed=False):
     """A picture: value(log entry) over the steps, smoothed, mean and band over seeds, a line for each contestant.
-    paired: less the first contestant's of the same seed and step, so that what all see in common is gone."""
+    paired: less the first contestant's of the same seed, so that what all see in common is gone. timed: over the CPU
+    time instead, at the mean pace of a contestant's runs: less what the first one has by that time."""
 
     def draw(logs):
         first, lines = next(iter(logs)), {}
+        curve = lambda log: np.array(smooth([value(e) for e in training(log)]))
+        at = {}
         for contestant, runs in logs.items():
-            rows = []
-            for log, base in zip(runs, logs[first]):
-                zero = {e["step"]: value(e) if paired else 0.0 for e in training(base)}
-                both = [e for e in training(log) if e["step"] in zero]
-                ys = smooth([value(e) - zero[e["step"]] for e in both])
-                rows.append(list(zip([e["step"] for e in both], ys)))
+            pace = statistics.mean(seconds(log) / steps(log) for log in runs) if timed else 1
+            at[contestant] = [pace * e["step"] for e in training(runs[0])]
+            x = [t for t in at[contestant] if t <= at[first][-1]]
+            zero = [np.interp(x, at[first], curve(log)) if paired else 0.0 for log in logs[first]]
             if "time" not in contestant and "labels" not in contestant:
-                lines[contestant] = band(rows)
+                lines[contestant] = band([list(zip(x, curve(log)[: len(x)] - z)) for log, z in zip(runs, zero)])
         less = f" less that of {first}" if paired else ""
-        return f"{title}{less}, mean and band over seeds", lines, "steps"
+        return f"{title}{less}, mean and band over seeds", lines, "CPU seconds" if timed else "steps"
 
     return draw
 
@@ -190,8 +193,6 @@ CAUSAL = ("soft topk switch gshard noisytopk topp deepseekv3 dts remoe dselectk 
 
 def few_labels(out, sizes=(50, 200, 1000), T=64):
     """Corpora for classify with few labelled passages of T tokens, the held-out part whole: -> {"labels50": folder}."""
-    import numpy as np
-
     from data import files
 
     files.prepare_missing("stdlib/packages")
@@ -276,7 +277,8 @@ CLAIMS = {
                 "dropped at the end": at_the_end("dropped")} | COST),
     "pays": Claim(
         "a mixture learns more than the dense model in the same time",
-        at_equal_time({m: METHODS[m] for m in ("dense", "switch", "hash")}), ("switch, dense's time", "dense")),
+        at_equal_time({m: METHODS[m] for m in ("dense", "switch", "hash", "evomoe")}), ("switch, dense's time", "dense"),
+        picture=over_steps("training loss", lambda e: e["loss"], timed=True)),
     "locmoe": Claim(
         "a locality loss keeps tokens on their node without loss of quality",
         {"switch": "--gate=switch", "hash": "--gate=hash", "locmoe 0.01": LOCAL + "0.01", "locmoe 0.1": LOCAL + "0.1",

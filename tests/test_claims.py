@@ -137,7 +137,7 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
         ("nothing", "nothing is unknown; there are: evomoe"),
         (
             "pays --methods=dents",
-            "--methods=dents names no contestant of pays; there are: dense; switch; hash; switch, ",
+            "--methods=dents names no contestant of pays; there are: dense; switch; hash; evomoe; ",
         ),
         ("pays --methods=dense;.*time", "pays's \"switch, dense's time\" needs 'switch': add it to --methods"),
         ("crossover --methods=copies.*", "crossover's 'copies 10 %' needs 'dense': add it to --methods"),
