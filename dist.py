@@ -759,7 +759,7 @@ def diverged(what, step, folder):
     last = "there is no checkpoint yet"
     with suppress(ValueError):
         if found := find(folder, warn=lambda text: None):
-            last = f"the last good checkpoint is step {found[1]['step']} (--init_from=resume)"
+            last = f"the last good checkpoint is step {found[1]['step']} (--init_from=resume --out_dir={folder})"
     return EverybodysError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
 
 

@@ -17,7 +17,7 @@ one phase follows, "mixture". The same file holds the other ways in:
     python train.py --gate=dts --init_from=out-dense                    the first phase is a finished run, or gpt2
     python train.py --objective=roberta --n_experts=1 --out_dir=out-teacher                      MoEBERT: a teacher
     python train.py --objective=roberta --init_from=out-teacher --moe_every=1 --n_experts=4 --gate=hash --distill=1 \
-        --spawn=importance --expert_hidden=128 --spawn_ratio=0.67 --out_dir=out-student   the same cut; or --gate=comet
+        --spawn=importance --expert_hidden=128 --spawn_ratio=0.67 --out_dir=out-student      a student; or --gate=comet
 
 and one way out, to_gpt2: a dense run becomes a GPT-2 of the package transformers.
 
@@ -25,7 +25,7 @@ Decisions (the paper's body and code leave these open):
 - The spawn happens at the beginning of a step: the checkpoint after spawn_step updates still holds one expert.
 - A new model is built and filled, nothing is patched: what does not grow is carried over with its optimizer state. An
   expert inherits the moments of the first one, zero where its mask is, and the step count; the gate starts afresh.
-- A mask is applied once: a zeroed weight may grow again. It is drawn from (seed, layer, expert's global number), so
+- A mask is applied once: a zeroed weight may grow again. It is drawn from (seed, mixture, expert's global number), so
   that any number of processes spawns the same experts. Biases are copied.
 - A spawn without change (ratio 0, or copies) keeps the function if the gate's weights sum to 1, which those of DTS do
   at the start; a top-1 gate multiplies by p < 1 and has to recover. Copies under equal weights never part: they get the
@@ -453,9 +453,11 @@ def watch(model):
     hooks = [model.dropout.register_forward_hook(lambda module, args, out: seen.append(out))]
     for m in [*model.stack.blocks, model]:
         hooks.append(m.register_forward_hook(lambda module, args, out: seen.append(out[0])))
-    yield seen
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def distillation(student, teacher, n_positions, n_targets):

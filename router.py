@@ -146,13 +146,13 @@ class Place:
 
     def rand(self, cols, device=None, dtype=torch.float32):
         """(n, cols) uniform in [0, 1). Drawn for the whole global batch and then sliced, so that a token's noise does
-        not depend on the number of ranks (train.py seeds the generator per step, alike on every rank; with dropout the
-        ranks draw different amounts and their streams part)."""
+        not depend on the number of ranks (train.py seeds the generator per step, alike on every rank; not so with
+        dropout, for which each rank needs a stream of its own)."""
         u = torch.rand(self.total, cols, device=device, dtype=dtype)
         return u if self.rows is None else u[self.rows]
 
     def coarse(self, cols, device=None, dtype=torch.float32):
-        """(n, cols) uniform like `rand`; on a CPU only on 0, 1/255, ..., 1, eight numbers from each draw of 64 bits.
+        """(n, cols) uniform like `rand`; on a CPU only the values j / 255, eight numbers from each draw of 64 bits.
         For noise on every number of a hidden state: a draw each takes a CPU as long as the rest of the gate. A GPU
         draws as fast as it writes."""
         if device is not None and torch.device(device).type != "cpu":
@@ -505,16 +505,17 @@ class DeepSeekV3(Gate):
     route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden). expert_groups, keep_groups and
     route_scale have the defaults of their code.
 
-    rule=quantile takes no step size (Jianlin Su, kexue.fm/archives/11619, 2026; used by Kimi K3): b_e moves by just so
-    much that, if no other moved, k N / E tokens had expert e above the score s + b that comes next after their k best.
+    rule=quantile takes no step size (Jianlin Su, kexue.fm/archives/11619, 2026; used by Kimi K3): b_e moves so that,
+    with the other biases as they are, expert e's s + b would exceed the (k+1)-th largest s + b of k N / E tokens.
 
         m = s + b - the (k+1)-th largest of s + b;   b_e -= the (1 - k / E) quantile of m_e over the step's tokens
 
     Coordinate descent on the dual of the balanced assignment problem. We read the quantile off a histogram, which adds
     up over calls and ranks: exact to a bin of 0.001. anneal holds, gamma does not matter unless it is 0.
 
-    Reads: content. Balanced by: b, and balance = 1e-4 times E sum_e f_e P_e with P from s / sum s (they take it per
-    sequence; a gate does not see sequences and takes the global batch). Looks ahead: never.
+    Reads: content. Balanced by: b, and balance = 1e-4 times E sum_e f_e P_e with P from s / sum s and f from the
+    choices made (eq. 18 takes it per sequence, and f from the k largest s, without b; a gate does not see sequences and
+    takes the global batch). Looks ahead: never.
     """
 
     def __init__(self, D, E, k=2, gamma=0.001, anneal=0.966, balance=1e-4, route_scale=1.0, expert_groups=1,
@@ -629,21 +630,23 @@ class DTS(Gate):
         m = y > bar, and always the k largest;  in the end only these
         G = m * y   (combine=gumbel)   or   m * softmax(x W^T)   (combine=softmax)
 
-        phase    from (share of the steps)   tau                  bar                    experts of a token
-        dense    0                           tau_max to tau_min   threshold              nearly all
-        tighten  dense                       tau_min              threshold to tighten   those above the bar
-        hard     hard                        tau_min                                     k
+        phase    begins             tau                  bar                    experts of a token
+        dense    at once            tau_max to tau_min   threshold              nearly all
+        tighten  after dense=0.02   tau_min              threshold to tighten   those above the bar
+        hard     after hard=0.06    tau_min                                     k
 
-    Knobs: dense and hard are the shares of the steps at which the phases tighten and hard begin; threshold and tighten
-    the bar's first and last value. Steps are counted from the moment the experts exist. Above a bar of 0.5 there is
+    The knob dense is where the phase dense ends, hard where the phase hard begins, shares of the steps since the
+    experts exist; threshold and tighten are the bar's first and last value. Above a bar of 0.5 there is
     room for one expert only, so nothing jumps at the end. G is not renormalised: with k = 1 that would leave the router
     without a gradient. A dropped expert gets no gradient, but comes back when its score does: it is part of the others'
     softmax. More knobs:
         noise    none; annealed (s from 1 to 0 over the dense phase); constant (s = 1). None at evaluation
         init     scale of W, not of the table by id; 1 gives logits of unit variance
         reads    content; or id: the logits are a learned table by token id, what Hash reads
-    The paper cools a noisy gate under a fixed bar: tau_max=2, tau_min=0.3, noise=constant, tighten=0.001. With constant
-    noise the choice stays a sample of softmax(x W^T) at any tau. tests/RESULTS.md: what each knob was worth.
+        combine  the same at tau 1 without noise, the default
+    The defaults are ours. The paper cools a noisy gate under a fixed bar, and for longer: tau_max=2, tau_min=0.3,
+    noise=constant, tighten=0.001 and, for example, dense=0.17, hard=0.33. With constant noise the choice stays a sample
+    of softmax(x W^T) at any tau. tests/RESULTS.md: what each knob was worth.
 
     Reads: content, or the token id. Balanced by: `balance_loss` of y and m. Looks ahead: never.
     """
@@ -665,7 +668,7 @@ class DTS(Gate):
         )
         self.by_id = reads == "id"
         self.weight = nn.Parameter(torch.randn(V, E) if self.by_id else init * torch.randn(E, D) * D**-0.5)
-        self.final_k, self.bar_range, self.gumbel = k, (threshold, tighten), combine == "gumbel"
+        self.final_k, self.bar_range, self.weights_from_y = k, (threshold, tighten), combine == "gumbel"
         self.tau_range = tau_max, tau_min
         self.noise_range = dict(none=(0.0, 0.0), annealed=(1.0, 0.0), constant=(1.0, 1.0))[noise]
         self.sparse_from, self.hard_from, self.steps = round(dense * steps), round(hard * steps), steps
@@ -711,11 +714,12 @@ class DTS(Gate):
 
     def forward(self, x, ids):
         z = self.weight[ids] if self.by_id else linear(x, self.weight)  # (N, E)
-        noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
+        noisy = self.training and any(self.noise_range)
+        noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if noisy else 0.0
         y = ((z + noise) / self.tau).softmax(1)
         top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.final_k, dim=1).indices, True)
         m = top | ((y > self.bar) & ~self.hard)
-        G = (y if self.gumbel else z.softmax(1)) * m
+        G = (y if self.weights_from_y else z.softmax(1)) * m
         return Routing(G, {"balance": balance_loss(y, m, self.place)})
 
 
@@ -742,7 +746,7 @@ class ReMoE(Gate):
         super().__init__(D, E, k)
         refuse_unless(
             "remoe",
-            start=(start, 1e-30 <= start <= 1, "from 1e-30 to 1"),
+            start=(start, 1e-9 <= start <= 1, "from 1e-9 to 1"),
             alpha=(alpha, 1 <= alpha <= 10, "from 1 to 10"),
         )
         self.weight = nn.Parameter(torch.randn(E, D) * 0.02)
@@ -1099,19 +1103,8 @@ class LocMoE(Gate):
     per rank would fight locality. Looks ahead: never.
     """
 
-    def __init__(
-        self,
-        D,
-        E,
-        balance=0.01,
-        locality=0.01,
-        eps=0.1,
-        unit_variance=True,
-        relu=False,
-        noise=0.0,
-        delta=0.0,
-        slots=1.0,
-    ):
+    def __init__(self, D, E, balance=0.01, locality=0.01, eps=0.1, unit_variance=True, relu=False, noise=0.0,
+                 delta=0.0, slots=1.0):  # fmt: skip
         super().__init__(D, E, k=1)
         if D % E:
             raise ValueError(f"--n_experts={E} must divide --n_embd={D}: each expert reads a block of features")
@@ -1120,7 +1113,7 @@ class LocMoE(Gate):
             eps=(eps, 0 < eps < 1, "between 0 and 1"),
             noise=(noise, noise >= 0, "at least 0"),
             delta=(delta, 0 <= delta < 1, "from 0 to below 1"),
-            slots=(slots, slots > 0, "> 0"),
+            slots=(slots, slots > 0, "above 0"),
         )
         self.scale = (D / E) ** 0.5 if unit_variance else 1.0
         self.relu, self.noise, self.eps = relu, noise, eps

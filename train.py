@@ -143,7 +143,7 @@ def learning_rate(step, cfg):
 
 def step_seed(step, cfg, mesh):
     """Of all that is random inside a step. Alike on every rank, so that a gate's noise does not depend on their number;
-    with dropout each has its own, or all would drop the same units."""
+    with dropout each rank has its own, or all would drop the same units, and the noise differs, too."""
     seed = cfg.seed * 1_000_003 + step
     return (seed * mesh.world + mesh.rank if cfg.dropout else seed) % 2**63
 
@@ -175,7 +175,7 @@ def task_loss(model, batch, label_smoothing=0.0):
 
 
 def train_step(run, net, batch):
-    """One update from one global batch. Of it this rank takes its rows, in micro-batches; gradients are then summed
+    """One update from one global batch. This rank takes its rows of it, in micro-batches; gradients are then summed
     over the ranks. net: run.model, or its compiled form.
 
     -> task: this rank's share of the task loss (nats per target); logged: {name: value}, the auxiliary losses summed
@@ -224,9 +224,11 @@ def distill(run, seen, micro, n_targets):
 def evaluating(model):
     """with evaluating(model): no dropout, no noise, no gradients."""
     model.eval()
-    with torch.no_grad():
-        yield
-    model.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
 
 
 def evaluate(run, split, eval_batches=0):
@@ -348,7 +350,7 @@ def say_what_to_expect(run):
 
 
 def finish(run, log, clock):
-    """The end of a whole run: a sample, scores that are too dear to take on the way, and what one could do next."""
+    """The end of a whole run: a sample, scores that are too slow to take on the way, and what one could do next."""
     cfg = run.cfg
     run.say(f"\ntrained in {minutes(clock.seconds())}; a sample:\n" + "-" * 80)
     with evaluating(run.model):
@@ -356,8 +358,8 @@ def finish(run, log, clock):
     if scores:
         log({"step": cfg.max_steps, "final": True} | scores)
     run.say(
-        text + "\n" + "-" * 80 + f'\ncheckpoint and log are in {cfg.out_dir}/. Next: --sample="your prompt"; or, '
-        f"with an --out_dir of its own, another --gate, --n_experts=1 (the dense model), "
+        text + "\n" + "-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --out_dir={cfg.out_dir} "
+        '--sample="your prompt"; or, with an --out_dir of its own, another --gate, --n_experts=1 (the dense model), '
         f"--max_steps={5 * cfg.max_steps}"
     )
 
@@ -428,11 +430,17 @@ def set_up(given):
     dist.check_device(cfg.device)
     mesh = dist.init(cfg.ranks_per_node, cfg.timeout, cfg.device or None)
     only_looks = cfg.eval_only or "sample" in given
+    if only_looks and evomoe.starts_trained(cfg):
+        raise ValueError(
+            f"--init_from={cfg.init_from} is where training starts; --eval_only and --sample take the newest "
+            f"checkpoint of --out_dir: did you mean --out_dir={cfg.init_from}?"
+        )
     if not only_looks and mesh.on_main(lambda: dist.restarted(cfg.out_dir)):
         given["init_from"] = "resume"
-    fresh = afresh if cfg.init_from == "scratch" else from_trained
-    begin = resumed if only_looks or given.get("init_from") == "resume" else fresh
-    cfg, state = begin(given, mesh)
+    if only_looks or given.get("init_from") == "resume":
+        cfg, state = resumed(given, mesh)
+    else:
+        cfg, state = (from_trained if evomoe.starts_trained(cfg) else afresh)(given, mesh)
     evomoe.check(cfg, state)
     batches.check(cfg, mesh.world)
     mesh = dist.spread_experts(mesh, cfg.n_experts, cfg.ep, cfg.two_level, cfg.timeout)

@@ -45,7 +45,7 @@ class Objective:
         raise NotImplementedError
 
     def batch(self, split, rows, rng):
-        """Some of what `rows` returned (or of the starts or pairs of `train_batch`) -> the batch, see above."""
+        """rows: first tokens of windows, or numbers of pairs, from `train_batch` or `rows` -> the batch, see above."""
         raise NotImplementedError
 
     def sample(self, run, prompt):
@@ -67,7 +67,7 @@ class Objective:
 
     def held_out(self, split, n=0):
         """Fixed batches of a held-out split, n of them (0: all). The last is filled up with rows that count for nothing
-        (y = -1), so that every process has as many rows."""
+        (y = -1), so that every process has the same number."""
         B = self.cfg.batch_size
         rows = self.rows(split, n * B)
         for i in range(0, len(rows), B):
@@ -201,6 +201,11 @@ class Translation(Objective):
                     label_smoothing=0.1, max_steps=1200)  # fmt: skip
 
     def __init__(self, corpus, cfg):
+        if cfg.shard_by_domain:
+            raise ValueError(
+                "--shard_by_domain=true is for corpora of several domains; --objective=translation has none: "
+                "--shard_by_domain=false"
+            )
         self.corpus, self.cfg, self.n_domains = corpus, cfg, 2  # the source's language and the target's
         self.n_ids, self.counts = corpus.V, corpus.counts()
 
@@ -212,7 +217,7 @@ class Translation(Objective):
 
     def train_batch(self, step, n_nodes=1):
         cfg, rng = self.cfg, np.random.default_rng([self.cfg.seed, step])
-        epoch, i = divmod(step, max(1, len(self.rows("train")) // cfg.batch_size))
+        epoch, i = divmod(step, max(1, len(self.corpus.pairs("train", cfg.block_size)) // cfg.batch_size))
         pairs = batches.bucketed_pairs(self.corpus, cfg.batch_size, cfg.block_size, cfg.seed, epoch)[i]
         return self.batch("train", rng.permutation(pairs), rng)
 

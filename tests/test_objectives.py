@@ -187,6 +187,8 @@ def test_translation_end_to_end(letters, tmp_path, capsys):
         train.main([*start, f"--out_dir={tmp_path}/short", "--block_size=2"])
     with pytest.raises(ValueError, match="40 training pairs, less than one batch of 64"):
         train.main([*start, f"--out_dir={tmp_path}/few", "--batch_size=64"])
+    with pytest.raises(ValueError, match="--shard_by_domain=true is for corpora of several domains"):
+        train.main([*start, f"--out_dir={tmp_path}/sharded", "--shard_by_domain"])
 
 
 def translations(mesh, folder, n):
