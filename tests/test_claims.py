@@ -16,6 +16,7 @@ import router
 import toys
 import train
 from data import files
+from runs import run
 
 
 @pytest.fixture
@@ -79,10 +80,22 @@ def test_quick_form(name, options, corpora, monkeypatch, capsys):
 
 
 def test_locmoe_sends_rows_between_its_nodes(options, corpora, monkeypatch):
-    monkeypatch.undo()  # two real processes, once
+    monkeypatch.undo()
+    monkeypatch.setattr(claims, "launch", lambda argv, _, patch, ranks, threads: run(argv, options.out, world=ranks))
     options.methods, options.seeds, options.flags = "locmoe 1", 1, options.flags + f" --dataset={corpora['gpt']}"
     ((log,),) = claims.run_claim("locmoe", claims.CLAIMS["locmoe"], options).values()
     assert 0 < claims.between_nodes(log) < 1
+
+
+def test_a_run_on_two_processes_is_torchruns(monkeypatch):
+    started = []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(claims.subprocess, "run", lambda argv, **more: started.append((argv, more["env"])) or done)
+    claims.launch(["--k=2"], "a", "", 2, 3)
+    (((python, *argv), env),) = started
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert python == sys.executable and argv == [*torchrun, f"{claims.ROOT}/train.py", "--k=2"]
+    assert env["OMP_NUM_THREADS"] == "3" and env["CONTESTANT"] == "a"
 
 
 def test_every_causal_gate_takes_part():
