@@ -250,7 +250,9 @@ CLAIMS = {
     "parts": Claim(
         "both phases of EvoMoE matter: one expert first, and dense to sparse",
         {"switch": "--gate=switch", "switch after the spawn": "--gate=switch --diversify=0.05",
-         "dts from the start": "--gate=dts --diversify=0", "evomoe": METHODS["evomoe"]},
+         "dts from the start": "--gate=dts --diversify=0", "evomoe": METHODS["evomoe"],
+         "evomoe, the paper's gate": "--gate=dts --diversify=0.1 --gate_args=tau_max=2,tau_min=0.3,noise=constant,"
+                                     "tighten=0.001,dense=0.1667,hard=0.3333"},
         ("evomoe", "dts from the start")),
     "map": Claim(
         "one expert first pays where experts are many and each sees few tokens",
@@ -268,6 +270,11 @@ CLAIMS = {
         {"dense": "--n_experts=1"} | {f"E {E}": f"--n_experts={E} --gate=switch" for E in (2, 4, 8, 16, 32)}
         | {f"E 8, {n} steps": f"--n_experts=8 --gate=switch --max_steps={n}" for n in (300, 400, 500)},
         ("E 32", "dense")),
+    "fine": Claim(
+        "more and finer experts, one of them shared, are better at the same active size (DeepSeekMoE)",
+        {"switch": "--gate=switch", "2 of 16": "--gate=topk --n_experts=16 --expert_hidden=256",
+         "1 of 16, one shared": "--gate=topk --k=1 --n_experts=16 --expert_hidden=256 --shared_hidden=256"},
+        ("1 of 16, one shared", "switch")),
     "capacity": Claim(
         "hardly more slots than the fair share are enough: capacity factors of 1 to 1.25 (Switch, table 1)",
         {"dropless": "--gate=switch"}

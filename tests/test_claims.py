@@ -51,6 +51,7 @@ SOME = {  # contestants that are enough to see a claim work
     "map": "switch E 32|evomoe E 32",
     "pays": "dense|switch|switch, dense's time",
     "gates": "switch|hash",
+    "parts": "dts from the start|evomoe",
     "capacity": "dropless|factor 1.25",
     "locmoeplus": "floor 1 .never fewer.|floor 0.25",
     "pretraining": "roberta|tuned, 200 labels|scratch, 200 labels",
