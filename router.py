@@ -714,8 +714,7 @@ class DTS(Gate):
 
     def forward(self, x, ids):
         z = self.weight[ids] if self.by_id else linear(x, self.weight)  # (N, E)
-        noisy = self.training and any(self.noise_range)
-        noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if noisy else 0.0
+        noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
         y = ((z + noise) / self.tau).softmax(1)
         top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.final_k, dim=1).indices, True)
         m = top | ((y > self.bar) & ~self.hard)
