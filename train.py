@@ -385,7 +385,8 @@ def resumed(given, mesh):
     change the model."""
     out_dir = configure(given).out_dir
     path, state = dist.newest(out_dir, mesh, lambda config: configure({}, config))
-    evomoe.agree(given, state["config"], path, "--out_dir")
+    began = () if given.get("init_from") == "resume" else ("init_from",)  # --eval_only with a run's own flags
+    evomoe.agree(given, state["config"], path, "--out_dir", began)
     of_this_start = "eval_only sample device ep ranks_per_node two_level timeout".split()
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
     given = {**given, "out_dir": out_dir}  # where it was found, not where it was written
@@ -430,11 +431,6 @@ def set_up(given):
     dist.check_device(cfg.device)
     mesh = dist.init(cfg.ranks_per_node, cfg.timeout, cfg.device or None)
     only_looks = cfg.eval_only or "sample" in given
-    if only_looks and evomoe.starts_trained(cfg):
-        raise ValueError(
-            f"--init_from={cfg.init_from} is where training starts; --eval_only and --sample take the newest "
-            f"checkpoint of --out_dir: did you mean --out_dir={cfg.init_from}?"
-        )
     if not only_looks and mesh.on_main(lambda: dist.restarted(cfg.out_dir)):
         given["init_from"] = "resume"
     if only_looks or given.get("init_from") == "resume":

@@ -100,8 +100,6 @@ from runs import (
     (["--gate=locmoe", "--n_experts=3"], ["--n_experts=3", "divide --n_embd=16"]),
     (["--gate=hash", "--k=3"], ["--k=3"]),
     (["--gate=remoe", "--gate_args=start=0"], ["start=0", "from 1e-9 to 1"]),
-    (["--eval_only", "--init_from=out-dense"], ["--init_from=out-dense", "did you mean --out_dir=out-dense?"]),
-    (["--sample=x", "--init_from=gpt2"], ["--init_from=gpt2", "newest checkpoint of --out_dir"]),
 ])  # fmt: skip
 def test_a_wrong_flag_is_one_line(argv, parts, corpora, tmp_path):
     if argv[0].startswith("--gate=") and argv[0][7:] not in gates() and "did you mean" not in str(parts):

@@ -78,6 +78,12 @@ def test_classify(letters, tmp_path, capsys):
     assert "to beat: accuracy 0.5000" in shown and "left" in shown
     assert float(re.search(r"step +40 \| val loss \S+ +accuracy (\S+)", shown)[1]) > 0.9
     assert dist.find(tuned)[1]["config"]["init_from"] == str(first)  # also after a resume
+    train.main([f"--out_dir={tuned}", f"--init_from={first}", "--eval_only"])  # of its training's flags
+    for look in ("--eval_only", "--sample=x"):  # not the run that was meant
+        with pytest.raises(
+            ValueError, match=r"init_from='elsewhere' \(there: '.*first'\); .* choose another --out_dir$"
+        ):
+            train.main([f"--out_dir={tuned}", "--init_from=elsewhere", look])
     train.main([f"--out_dir={tuned}", "--sample=xyzzy wxyz"])
     assert re.search(r"-> right [5-9]\d %", capsys.readouterr().out)
     train.main([*SMALL, "--objective=classify", text, f"--out_dir={tmp_path / 'scratch'}"])
