@@ -740,8 +740,8 @@ def newest(folder, mesh, check=lambda config: None):
 def prune(folder, keep=2, written=None):
     """Delete what is older than the newest `keep` usable checkpoints, but never the one just written. One that is not
     usable counts for nothing: it must not push a good one out."""
-    good = 0
-    for path in reversed(checkpoints(folder)):
+    paths, good = checkpoints(folder), 0
+    for path in reversed(paths if len(paths) > keep else []):  # nothing is read where nothing could be deleted
         if good >= keep:
             if path != written and not path.is_dir():
                 path.unlink()
