@@ -269,7 +269,6 @@ class MoE(nn.Module):
 
         return place.per_group(drop_group, G, priority, capacity)
 
-    @torch.compiler.disable
     def dispatch(self, x, G):
         """x (N, D), G (N, E) -> y (N, D), computed from exactly the rows where G is not zero; and, for stats, what was
         sent: kept (E,) rows of each expert, the table of to_experts, the bytes of a row."""

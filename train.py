@@ -280,8 +280,15 @@ class Run:
             print(*text, flush=True)
 
     def compiled(self):
-        """The model as the loop calls it; distillation watches through hooks, which compilation would miss."""
-        return torch.compile(self.model) if self.cfg.compile and not self.cfg.distill else self.model
+        """The model as the loop calls it. Distillation watches through hooks, which compilation would miss; the dispatch
+        has another number of rows at each call."""
+        if not self.cfg.compile or self.cfg.distill:
+            return self.model
+        for moe in self.model.moes():
+            moe.dispatch = torch.compiler.disable(
+                moe.dispatch
+            )  # here: as a decorator it loads the compiler, 2 s, always
+        return torch.compile(self.model)
 
 
 def train(run):
