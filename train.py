@@ -281,13 +281,11 @@ class Run:
 
     def compiled(self):
         """The model as the loop calls it. Distillation watches through hooks, which compilation would miss; the dispatch
-        has another number of rows at each call."""
+        has another number of rows at each call (as a decorator there, disable would load the compiler always, 2 s)."""
         if not self.cfg.compile or self.cfg.distill:
             return self.model
         for moe in self.model.moes():
-            moe.dispatch = torch.compiler.disable(
-                moe.dispatch
-            )  # here: as a decorator it loads the compiler, 2 s, always
+            moe.dispatch = torch.compiler.disable(moe.dispatch)
         return torch.compile(self.model)
 
 
