@@ -741,7 +741,9 @@ def prune(folder, keep=2, written=None):
     """Delete what is older than the newest `keep` usable checkpoints, but never the one just written. One that is not
     usable counts for nothing: it must not push a good one out."""
     paths, good = checkpoints(folder), 0
-    for path in reversed(paths if len(paths) > keep else []):  # nothing is read where nothing could be deleted
+    if len(paths) <= keep:  # none can go: do not read them
+        return
+    for path in reversed(paths):
         if good >= keep:
             if path != written and not path.is_dir():
                 path.unlink()
