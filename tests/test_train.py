@@ -291,6 +291,22 @@ def test_gradient_accumulation_equals_one_big_batch(objective, corpora, tmp_path
         assert_close_run(tmp_path / "1", tmp_path / str(n))
 
 
+@pytest.mark.parametrize("more", [["--gate=dts", "--diversify=0.34"], ["--gate=skip", "--grad_accum=2"]], ids=" ".join)
+def test_a_compiled_run_is_the_same_run(more, corpora, tmp_path, monkeypatch):
+    """Through a spawn and all phases. Torch's own operators run the captured graphs: no C++ compiler is needed."""
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    train.main(flags(corpora, tmp_path / "plain", "--eval_every=3", *more))
+    assert not graphs
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train.main(flags(corpora, tmp_path / "compiled", "--eval_every=3", "--compile", *more))
+    assert_close_run(tmp_path / "plain", tmp_path / "compiled")
+    multiplied = sum("linear" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+    assert multiplied >= 8, "attention (2 in each layer), the dense layer (2), a gate and the head are captured"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Resumption
 
