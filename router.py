@@ -31,6 +31,7 @@ trees; tables; balanced assignment; locality; unbiased samples; a permutation ar
 Letters: N tokens, D model width, E experts, k experts per token, V vocabulary. Shapes stand where they change.
 """
 
+import copy
 import heapq
 import inspect
 import math
@@ -1418,9 +1419,21 @@ class Permuted(nn.Module):
     def report(self):
         return self.gate.report()
 
+    def of_outputs(self, place, searching):
+        """place as the gate inside should see it: `near` tells where its outputs lead, not where experts live. During the
+        search each leads everywhere."""
+        if place is None or place.near is None:
+            return place
+        place = copy.copy(place)
+        place.near = None if searching else place.near[:, self.source.argsort()]
+        return place
+
     def forward(self, x, ids, place=None):
-        G, aux, priority, capacity = self.gate(x, ids, place)
-        if self.training and not self.frozen:
+        searching = bool(self.training and not self.frozen)
+        if not (searching or self.frozen):
+            self.harden()
+        G, aux, priority, capacity = self.gate(x, ids, self.of_outputs(place, searching))
+        if searching:
             P = self.soft()
             loss = entropy(P).sum() + entropy(P / P.sum(1, keepdim=True)).sum()  # of no token
             aux = {**aux, "permutation": (place or Place(len(x))).mean(loss.expand(len(x)))}
@@ -1429,8 +1442,6 @@ class Permuted(nn.Module):
             moved = mixed * (G.sum(1, keepdim=True) / mixed.sum(1, keepdim=True).clamp(min=1e-9))
             capacity = None  # every expert sees every token: the gate's own capacity would cut most of them off
         else:
-            if not self.frozen:
-                self.harden()
             aux = {**aux, "permutation": G.new_zeros(())}
             move = lambda t: t[..., self.source]
             moved = move(G)

@@ -184,11 +184,11 @@ def bucketed_pairs(corpus, batch_size, block_size, seed, epoch):
 
 def check(cfg, world):
     """ValueError if a batch cannot be cut evenly into micro-batches, processes and routing groups."""
-    a, b = cfg.grad_accum * cfg.groups, cfg.grad_accum * world
-    if cfg.batch_size % a or cfg.batch_size % b:
+    parts = cfg.grad_accum * world * cfg.groups
+    if cfg.batch_size % parts:
         raise ValueError(
-            f"--batch_size={cfg.batch_size} must be divisible by grad_accum * groups = {a} and by "
-            f"grad_accum * processes = {b}"
+            f"--batch_size={cfg.batch_size} must be divisible by grad_accum * processes * groups = "
+            f"{cfg.grad_accum} * {world} * {cfg.groups} = {parts}"
         )
 
 

@@ -52,8 +52,13 @@ def bleu(log):
     return next(value for e in reversed(log) for key, value in e.items() if key.endswith("_bleu"))
 
 
-def training(log):
+def every_step(log):
     return [e for e in log if "loss" in e]
+
+
+def training(log):
+    """One step in ten: what curves and means of the last quarter are made of."""
+    return [e for e in every_step(log) if e["step"] == 1 or e["step"] % 10 == 0]
 
 
 def last_quarter(log):
@@ -62,21 +67,21 @@ def last_quarter(log):
 
 
 def steps(log):
-    return training(log)[-1]["step"]
+    return every_step(log)[-1]["step"]
 
 
 def seconds(log):
     """Of the whole run, from the time between its first and its last line: of the CPU, or on a GPU the clock's."""
     import torch
 
-    first, last = training(log)[0], training(log)[-1]
+    first, last = every_step(log)[0], every_step(log)[-1]
     clock = "seconds" if torch.cuda.is_available() else "cpu_seconds"
     return (last[clock] - first[clock]) / max(1, last["step"] - first["step"]) * last["step"]
 
 
 def rows(log):
     """Expert-rows per token and MoE layer, mean over the run."""
-    return statistics.mean(e.get("experts_per_token", 1.0) for e in training(log))
+    return statistics.mean(e.get("experts_per_token", 1.0) for e in every_step(log))
 
 
 def at_the_end(name):
@@ -280,7 +285,7 @@ CLAIMS = {
         {"dropless": "--gate=switch"}
         | {f"factor {c}": f"--gate=switch --capacity_factor={c}" for c in (2, 1.25, 1, 0.75)},
         ("factor 1.25", "dropless"), "",
-        LOSS | {"dropped": lambda log: statistics.mean(e.get("dropped", 0.0) for e in training(log)),
+        LOSS | {"dropped": lambda log: statistics.mean(e.get("dropped", 0.0) for e in every_step(log)),
                 "dropped at the end": at_the_end("dropped")} | COST),
     "pays": Claim(
         "a mixture learns more than the dense model in the same time",
@@ -337,8 +342,9 @@ def record_moves(train):
     def evaluate(run, split, eval_batches=0):
         result, seen = real(run, split, eval_batches), []
         hooks = [g.register_forward_hook(lambda gate, args, r: seen.append(r.G.argmax(1))) for g in run.model.gates()]
-        with train.evaluating(run.model):
-            train.task_loss(run.model, next(run.objective.held_out(split, 1)))
+        (batch,) = train.batches.micro_batches(next(run.objective.held_out(split, 1)), 1, run.mesh)
+        with train.evaluating(run.model), run.autocast:
+            train.task_loss(run.model, batch)
         for hook in hooks:
             hook.remove()
         now = torch.stack(seen)
@@ -356,7 +362,7 @@ def random_cut(train):
     real = train.evomoe.importance
 
     def importance(dense, losses):
-        return {name: torch.rand(len(scores)) for name, scores in real(dense, losses).items()}
+        return {name: torch.rand_like(scores) for name, scores in real(dense, losses).items()}
 
     if os.environ.get("CONTESTANT") == "random":
         train.evomoe.importance = importance
@@ -430,7 +436,7 @@ def one_seed(name, claim, seed, a, places):
         argv = re.sub(r"\{(\w+)\}", lambda m: places[m[1]], argv).split()
         if (log := finished(folder)) is None:
             shutil.rmtree(folder, ignore_errors=True)
-            argv += [f"--out_dir={folder}", "--save_every=0", "--sample_tokens=1"]
+            argv += [f"--out_dir={folder}", "--log_every=1", "--save_every=0", "--sample_tokens=1"]
             argv += [] if "--eval_every" in " ".join(argv) else ["--eval_every=0"]
             launch(argv, contestant, claim.patch, claim.ranks, a.threads)
             log = read_log(folder)
@@ -536,7 +542,7 @@ def chart(path, title, lines, xlabel, ylabel):
 def phases(source, path):
     """The first steps of one EvoMoE run, from its log.jsonl (--log_every=1 shows most): loss, experts per token and the
     gate's bar, the phases shaded behind them; as many steps again as it takes until the last phase begins."""
-    log = [{"phase": "diversify", "bar": math.nan} | e for e in training(read_log(source))]
+    log = [{"phase": "diversify", "bar": math.nan} | e for e in every_step(read_log(source))]
     if all(e["bar"] != e["bar"] for e in log):
         raise SystemExit(f"claims: {source} is not the log of a run with --gate=dts")
     begins = {}

@@ -36,7 +36,7 @@ def options(tmp_path, monkeypatch):
     few = functools.partial(evomoe.sample_losses, n=6)
     monkeypatch.setattr(evomoe, "sample_losses", few)
     monkeypatch.setattr(train.dist, "stop_on_signals", lambda: [])  # runs are in a thread, which may not ask
-    flags = "--max_steps=4 --warmup=1 --eval_batches=1 --device=cpu --n_embd=16 --n_head=2 --log_every=1 --grad_clip=1"
+    flags = "--max_steps=4 --warmup=1 --eval_batches=1 --device=cpu --n_embd=16 --n_head=2 --grad_clip=1"
     return SimpleNamespace(
         out=str(tmp_path), quick=True, seeds=2, first=1, methods="", flags=flags, workers=1, threads=1
     )

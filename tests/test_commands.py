@@ -132,7 +132,8 @@ def test_help_and_errors_of_the_script(tmp_path, corpora):
 
 
 def test_bad_numbers_of_processes(corpora, tmp_path):
-    refuse(flags(corpora, tmp_path / "out", "--batch_size=3"), tmp_path, "--batch_size=3", "processes = 2", world=2)
+    refuse(flags(corpora, tmp_path / "out", "--batch_size=3"), tmp_path, "--batch_size=3", "1 * 2 * 1 = 2", world=2)
+    refuse(flags(corpora, tmp_path / "out", "--groups=4"), tmp_path, "--batch_size=4", "1 * 2 * 4 = 8", world=2)
     refuse(flags(corpora, tmp_path / "out", "--n_experts=3", "--ep=2"), tmp_path, "ep=2", "3 experts", world=2)
     refuse(flags(corpora, tmp_path / "out", "--ranks_per_node=3"), tmp_path, "ranks_per_node=3", world=2)
     refuse(flags(corpora, tmp_path / "out", "--dataset=nothing"), tmp_path, "--dataset=nothing", world=2)

@@ -617,6 +617,23 @@ def test_a_wrong_environment_is_one_line(monkeypatch, name, value, message):
     assert dist.speaks_for(error.value)  # each process that meets it prints it itself
 
 
+def test_one_gpu_is_not_for_many_processes(monkeypatch):
+    """--device=cuda:1 is honoured by a single process of torchrun, and refused where each takes a GPU of its own."""
+    env = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "join", lambda *args: None)
+    for key, text in env.items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ValueError, match="--device=cuda:1 is one GPU for 2 processes"):
+        dist.init(device="cuda:1")
+    assert str(dist.init(device="cuda").device) == "cuda:0"
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    assert str(dist.init(device="cuda:1").device) == "cuda:1" and chosen == ["cuda:0", "cuda:1"]
+
+
 def test_check_device():
     for name in ("", "cpu"):
         dist.check_device(name)

@@ -1577,6 +1577,26 @@ def test_balance_loss_is_global():
     assert gate(x[:8], ids[:8]).aux["balance"].item() == pytest.approx(4)
 
 
+def test_a_permuted_gate_is_local_where_its_experts_live():
+    """Behind a permutation the locality loss looks at the node of the expert that an output feeds."""
+    node = torch.arange(4).repeat_interleave(2)
+    x, ids = torch.zeros(8, 8), torch.zeros(8, dtype=torch.long)
+    x[torch.arange(8), torch.arange(8)] = 100.0  # row n to output n
+    gate, place = router.Permuted(LocMoE(8, 8), steps=10, search=0.1), Place(8, node=node, near=HOMES)
+    gate.set_step(10)
+    losses = {}
+    for shift in (0, 2):  # output i feeds the expert after next: on the next node
+        gate.source.copy_(torch.arange(8).roll(shift))
+        r = gate(x, ids, place)
+        assert torch.equal(r.G.argmax(1), (torch.arange(8) + shift) % 8)
+        losses[shift] = r.aux["locality"].item()
+    assert losses[0] == pytest.approx(-math.log(0.9), abs=1e-4)  # all at home, eps = 0.1
+    assert losses[2] == pytest.approx(-math.log(0.1 / 3), abs=1e-4)  # all away: 0.1 is spread over six experts
+    assert place.near is HOMES
+    gate.frozen.fill_(False)
+    assert gate(x, ids, place).aux["locality"] == 0  # each output feeds every expert
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_only_sharded_data_becomes_local(sharded):
     """Four domains, a linear layer below the gate, only the gate's own losses. With i.i.d. shards the routing cannot
