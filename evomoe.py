@@ -5,7 +5,7 @@ EvoMoE's curriculum: train one expert, spawn many from it, then let the gate lea
 
     phase       experts  what happens (Nie et al. 2021, arXiv:2112.14397)
     diversify   1        each MoE layer is one FFN: exactly the dense model
-    dense       E        experts spawned from it, the gate asks all of them (and cools, where it is told to)
+    dense       E        experts spawned from it; the gate, not the model, is dense: it asks all (and may cool)
     tighten     E        the bar that a gate value must clear rises: each token keeps as many experts as clear it
     hard        E        the k best only
 
@@ -31,7 +31,7 @@ Decisions (the paper's body and code leave these open):
   at the start; a top-1 gate multiplies by p < 1 and has to recover. Copies under equal weights never part: they get the
   same gradient at every step. Masks part them at once.
 - A low temperature alone does not make a gate sparse, a rising bar does; noise that stays makes top-1 a sample.
-- A short dense part is enough: it is what EvoMoE costs, and longer ones bought nothing here (tests/RESULTS.md).
+- Asking all E for a short time is enough: it is what EvoMoE costs, and longer bought nothing here (tests/RESULTS.md).
 
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """

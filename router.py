@@ -644,7 +644,7 @@ class DTS(Gate):
         noise    none; annealed (s from 1 to 0 over the dense phase); constant (s = 1). None at evaluation
         init     scale of W, not of the table by id; 1 gives logits of unit variance
         reads    content; or id: the logits are a learned table by token id, what Hash reads
-        combine  the same at tau 1 without noise, the default
+        combine  gumbel or softmax, the two G above: one and the same at tau 1 without noise, as by default
     The defaults are ours. The paper cools a noisy gate under a fixed bar, and for longer: tau_max=2, tau_min=0.3,
     noise=constant, tighten=0.001 and, for example, dense=0.17, hard=0.33. With constant noise the choice stays a sample
     of softmax(x W^T) at any tau. tests/RESULTS.md: what each knob was worth.
