@@ -123,7 +123,7 @@ class Mesh:
         try:
             value = action()
         except (ValueError, OSError) as e:
-            error = str(e) or type(e).__name__
+            error = one_line(e) or type(e).__name__
         for rank, error in enumerate(self.from_all(error)):
             if error:
                 raise EverybodysError(error if rank == 0 else f"{error} (process {rank})")
@@ -338,13 +338,14 @@ def init(ranks_per_node=0, timeout=600, device=None):
     return Mesh(rank, world, 1, ranks_per_node, torch.device(device or "cpu"), process_groups={"world": None})
 
 
-def spread_experts(mesh, n_experts, ep=0, two_level=False, timeout=600):
-    """The mesh that init gave, with the experts spread over its ranks. ValueError, the same on every rank, when the
-    numbers do not fit."""
+def spread_experts(mesh, n_experts, ep=0, two_level=False, timeout=600, ranks_per_node=0):
+    """The mesh that init gave, with the experts spread over its ranks. ranks_per_node: if it is not what init was told.
+    ValueError, the same on every rank, when the numbers do not fit."""
+    ranks_per_node = ranks_per_node or mesh.ranks_per_node
     if mesh.world == 1:
-        check_layout(1, n_experts, ep, mesh.ranks_per_node, two_level)
+        check_layout(1, n_experts, ep, ranks_per_node, two_level)
         return mesh
-    return make_mesh(mesh.rank, mesh.world, n_experts, ep, mesh.ranks_per_node, mesh.device, two_level, timeout)
+    return make_mesh(mesh.rank, mesh.world, n_experts, ep, ranks_per_node, mesh.device, two_level, timeout)
 
 
 def join(rank, world, backend, limit):
@@ -396,12 +397,13 @@ def alike(action):
     except OwnError:
         raise
     except (ValueError, OSError) as error:
-        raise EverybodysError(str(error)) from None
+        raise EverybodysError(one_line(error)) from None
 
 
 def program(main, argv):
     """main(argv), the whole of this process: an error is one line on stderr, from the rank that it concerns, and exit
     status 1; what is a bug keeps its traceback."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: >&-
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode
     try:
@@ -412,15 +414,28 @@ def program(main, argv):
         if not (line := one_line(error)):
             raise
         if speaks_for(error):
-            print(f"train.py: {line}", file=sys.stderr)
+            with suppress(OSError):  # a closed terminal
+                print(f"train.py: {line}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            silence(sys.stdout)
+
+
+def silence(stream):
+    """Let a stream that can no longer be written to lead nowhere: Python flushes it once more at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def one_line(error):
     """What to tell a user about an error, in one line; None if it is a bug and wants its traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:  # nobody has said more about it than the system
-        return f"cannot use {error.filename or 'a file'} ({error.strerror}): mend that, or name another file or folder"
+        return f"cannot use {error.filename or 'a file, or stdout'} ({error.strerror}): mend that, or name another file or folder"
     if isinstance(error, (ValueError, OSError)):
         return text
     if isinstance(error, MemoryError) or re.search("allocate memory|out of memory|bad_alloc", text):
@@ -653,7 +668,7 @@ def load(path):
 
 def checkpoints(folder):
     """Paths of ckpt_NUMBER.pt in order of the number, oldest first."""
-    paths = [path for path in Path(folder).glob("ckpt_*.pt") if path.stem[5:].isdigit()]
+    paths = [path for path in Path(folder).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
     return sorted(paths, key=lambda path: int(path.stem[5:]))
 
 
@@ -672,8 +687,13 @@ def fault(state):
             return f"its {name} is empty or of a wrong type"
     if state["step"] < 0 or type(state.get("n_domains", 1)) is not int or state.get("n_domains", 1) < 1:
         return "its step or its number of domains is wrong"
-    if not isinstance(state.get("vocabulary") or "", str):
-        return "its vocabulary is of a wrong type"
+    parts = state.get("parts", [])
+    if (
+        not isinstance(state.get("vocabulary") or "", str)
+        or not isinstance(parts, list)
+        or set(map(type, parts)) - {str}
+    ):
+        return "its vocabulary or its domains are of a wrong type"
     model = state["model"]
     dense = lambda t: torch.is_tensor(t) and t.layout == torch.strided and t.device.type == "cpu"  # noqa: E731
     if not all(map(dense, model.values())):

@@ -231,10 +231,13 @@ def importance(dense, losses):
     ffns = {name: m for name, m in dense.named_modules() if isinstance(m, Experts)}
     score = {name: 0.0 for name in ffns}
     matrices = {name: [p for p in f.parameters() if p.dim() == 3] for name, f in ffns.items()}  # (1, H, D) each
+    loss = None
     for loss in losses:
         grads = iter(torch.autograd.grad(loss, [p for ps in matrices.values() for p in ps]))
         for name, ps in matrices.items():
             score[name] += sum((p * next(grads)).sum(2) for p in ps)[0].detach().abs()
+    if loss is None:
+        raise ValueError("--spawn=importance found nothing to predict in the first training batches: use more text")
     return score
 
 

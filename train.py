@@ -91,7 +91,7 @@ class Config:
 
     batch_size: int = flag(16, "sequences per step over all processes", 1, 2**20, heading="Optimisation")
     grad_accum: int = flag(1, "micro-batches that a step is cut into, to save memory; must divide batch_size", 1)
-    max_steps: int = flag(600, "optimizer steps", 1)
+    max_steps: int = flag(600, "optimizer steps", 1, 10**9)
     learning_rate: float = flag(4e-3, "peak; 2e-3 to 4e-3 for models as small as this, 1e-4 to 1e-3 for large", 1e-12)
     min_lr: float = flag(0.1, "final learning rate as a share of the peak", 0, 1)
     schedule: str = flag("cosine", "cosine or inverse_sqrt (Vaswani's)", one_of=("cosine", "inverse_sqrt"))
@@ -247,6 +247,8 @@ def evaluate(run, split, eval_batches=0):
             total.index_add_(0, objective.part(mine)[out.pick].cpu(), values)
     total = mesh.all_reduce(total.to(mesh.device, torch.float32 if mesh.device.type == "mps" else torch.float64))
     loss, correct, n = total.sum(0).tolist()
+    if not n:
+        raise dist.EverybodysError(f"the {split} split has nothing to predict: special tokens only")
     result = {"loss": loss / n, "accuracy": correct / n} | objective.more_metrics(split, loss / n)
     if len(parts) > 1:
         result |= {f"loss_{name}": part / c for name, (part, _, c) in zip(parts, total.tolist()) if c}
@@ -273,11 +275,16 @@ class Run:
     teacher: torch.nn.Module | None = None  # the dense model that a distilled one follows
     first: int = 0  # step to begin with
     resumed: bool = False
+    unheard: str = ""  # why stdout takes no more: a closed terminal, the end of a pipe, a full disk
 
     def say(self, *text):
-        """Print, on rank 0."""
-        if self.mesh.main:
-            print(*text, flush=True)
+        """Print, on rank 0. Where nobody can hear it the run does not break off: it saves and ends, see `loop`."""
+        if self.mesh.main and not self.unheard:
+            try:
+                print(*text, flush=True)
+            except OSError as error:
+                self.unheard = error.strerror
+                dist.silence(sys.stdout)
 
     def compiled(self):
         """The model as the loop calls it. Distillation watches through hooks, which compilation would miss; the dispatch
@@ -318,7 +325,7 @@ def loop(run, log, clock):
         if not torch.isfinite(norm):
             raise dist.diverged("the loss or its gradient is", step + 1, cfg.out_dir)
         # 3. tell, evaluate, save
-        done, last, stopping = step + 1, step + 1 == cfg.max_steps, mesh.any(bool(stop))
+        done, last, stopping = step + 1, step + 1 == cfg.max_steps, mesh.any(bool(stop or run.unheard))
         clock.tokens += batch["x"].numel()
         if done % cfg.log_every == 0 or done == 1:
             entry, line = describe(run, done, batch, task, aux)
@@ -371,8 +378,9 @@ def finish(run, log, clock):
 
 def save(run, step):
     """out_dir/ckpt_STEP.pt; the last two are kept."""
-    vocabulary = run.objective.corpus.tok.fingerprint()
-    more = dict(config=dataclasses.asdict(run.cfg), n_domains=run.n_domains, vocabulary=vocabulary)
+    corpus = run.objective.corpus
+    more = dict(vocabulary=corpus.tok.fingerprint(), n_domains=run.n_domains, parts=run.objective.parts("train"))
+    more |= dict(config=dataclasses.asdict(run.cfg))
     dist.save_checkpoint(run.cfg.out_dir, step, run.model, run.optimizer, run.mesh, **more)
 
 
@@ -392,13 +400,21 @@ def resumed(given, mesh):
     path, state = dist.newest(out_dir, mesh, lambda config: configure({}, config))
     began = () if given.get("init_from") == "resume" else ("init_from",)  # --eval_only with a run's own flags
     evomoe.agree(given, state["config"], path, "--out_dir", began)
-    of_this_start = "eval_only sample device ep ranks_per_node two_level timeout".split()
+    of_this_start = "eval_only sample device timeout".split()
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
+    layout = {
+        name: given.get(name, old.get(name, getattr(Config, name))) for name in ("ep", "ranks_per_node", "two_level")
+    }
+    kept = old
+    try:
+        dist.check_layout(mesh.world, old["n_experts"], **layout)
+    except ValueError:  # another number of processes
+        kept = {name: value for name, value in old.items() if name not in layout}
     given = {**given, "out_dir": out_dir}  # where it was found, not where it was written
     resumes = given.pop("init_from", "") == "resume"  # the config goes on telling what the whole run began with
     if given.get("distill") == 0:
-        old["teacher"] = ""
-    cfg = configure(given, old)
+        kept["teacher"] = old["teacher"] = ""
+    cfg = configure(given, kept)
     if resumes and cfg.max_steps < state["step"]:
         raise ValueError(
             f"--max_steps={cfg.max_steps}: {path} is already at step {state['step']}; give at least that many"
@@ -444,7 +460,7 @@ def set_up(given):
         cfg, state = (from_trained if evomoe.starts_trained(cfg) else afresh)(given, mesh)
     evomoe.check(cfg, state)
     batches.check(cfg, mesh.world)
-    mesh = dist.spread_experts(mesh, cfg.n_experts, cfg.ep, cfg.two_level, cfg.timeout)
+    mesh = dist.spread_experts(mesh, cfg.n_experts, cfg.ep, cfg.two_level, cfg.timeout, cfg.ranks_per_node)
     mesh.on_main(lambda: prepare_missing(cfg.dataset))
     run = mesh.on_all(lambda: assemble(cfg, state, mesh))
     if cfg.distill and not only_looks:
@@ -461,12 +477,23 @@ def assemble(cfg, state, mesh):
             f"--dataset={cfg.dataset} has another vocabulary or other domains than the one that the "
             "checkpoint was trained with: prepare it as it was then"
         )
+    parts, before = objective.parts("train"), state.get("parts")
+    if (
+        "optimizer" in state
+        and parts != before
+        and before
+        and (cfg.objective == "classify" or cfg.gate == "randomrouted")
+    ):
+        raise ValueError(
+            f"--dataset={cfg.dataset} has the domains {', '.join(parts)}; the checkpoint knows them by number, as "
+            f"{', '.join(before)}: prepare it as it was then"
+        )
     torch.manual_seed(cfg.seed)
     build = functools.partial(build_model, cfg, objective, mesh, n_domains)
     mixture = build(cfg.n_experts)  # also before a spawn: wrong knobs of a gate should stop the run now
     dense_first = cfg.n_experts > 1 and evomoe.starts_dense(cfg, state)
     model = build(1) if dense_first else mixture
-    note = check_causality(mixture.moes(), objective.causal, cfg)
+    note = check_causality(mixture.moes(), objective.causal, cfg) + without_effect(cfg)
     optimizer = make_optimizer(model, cfg)
     if "optimizer" in state:
         dist.load_state(model, optimizer, state, mesh)
@@ -489,6 +516,14 @@ def assemble(cfg, state, mesh):
         f"token, {cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}"
     )
     return run
+
+
+def without_effect(cfg):
+    """A note on flags of a mixture that the dense model has no use for, or ""."""
+    names = "k gate_args permute expert_hidden shared_hidden capacity_factor drop_order".split()
+    idle = [f"--{name}" for name in names if getattr(cfg, name) != getattr(Config, name)]
+    dense = cfg.n_experts == 1 and idle
+    return f"note: without effect with --n_experts=1, the dense model: {', '.join(idle)}\n" if dense else ""
 
 
 def build_model(cfg, objective, mesh, n_domains, n_experts):
@@ -544,6 +579,13 @@ def main(argv):
     else:
         train(run)
     run.mesh.close()
+    if run.unheard:
+        again = (
+            ""
+            if run.cfg.eval_only or "sample" in given
+            else f"; go on with --init_from=resume --out_dir={run.cfg.out_dir}"
+        )
+        raise OSError(f"cannot write to stdout ({run.unheard}){again}")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ def run(main, file, doc, **flags):
         about = f"one of {', '.join(choices)}" if choices else ""
         fields.append((name, type(first), flag(first, about, 0 if isinstance(first, int) else None, one_of=choices)))
     Settings = dataclasses.make_dataclass("Settings", fields)
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     if "--help" in sys.argv or "-h" in sys.argv:
         print(help_text((doc or "") + "\nFlags", Settings))
         return

@@ -208,7 +208,10 @@ def prepare_missing(dataset):
             )
         print(f"preparing data/{dataset} (a few seconds, once)", flush=True)
         if subprocess.run([sys.executable, script]).returncode:
-            raise ValueError(f"{script} failed: see above")
+            raise ValueError(
+                f"{script} failed: see above. Where this folder cannot be written to: python {script} --out_dir=FOLDER, "
+                "then --dataset=FOLDER"
+            )
 
 
 def prepare_hint(folder):

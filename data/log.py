@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack
 
 from data import files
-from dist import checkpoints
+from dist import checkpoints, load_usable
 from experts import log_stats
 
 
@@ -76,10 +76,14 @@ class Log:
         self.folder, self.main, self.step = folder, mesh.main, step
         self.path = os.path.join(folder, "log.jsonl")
         self.lock = mesh.on_all(lambda: lock(folder) if mesh.main else None)
+        self.identity = mesh.main and identity(folder)
         mesh.on_main(self.begin)
 
     def begin(self):
         lines, old = [], checkpoints(self.folder)
+        for path in old:
+            if self.step is not None and int(path.stem[5:]) > self.step and step_of(path) > self.step:
+                raise ValueError(f"another run has just written {path}: start again to continue from there")
         if self.step is None and old:
             raise ValueError(
                 f"{self.folder} holds checkpoints of an earlier run ({old[-1].name}): continue it "
@@ -89,6 +93,8 @@ class Log:
             if self.step is not None and os.path.exists(self.path):
                 with open(self.path, errors="replace") as f:
                     lines = [line for line in f if self.known(line)]
+            elif os.path.exists(self.path) and os.path.getsize(self.path):
+                os.replace(self.path, self.path + ".old")  # of a run that ended before its first checkpoint
             with open(self.path + ".tmp", "w") as f:
                 f.writelines(lines)
             os.replace(self.path + ".tmp", self.path)
@@ -105,6 +111,11 @@ class Log:
 
     def __call__(self, entry):
         if self.main:
+            if identity(self.folder) != self.identity:
+                raise OSError(
+                    f"{self.folder} was moved or replaced while this run wrote to it: go on "
+                    "with --init_from=resume and the --out_dir where it is now"
+                )
             try:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(entry) + "\n")
@@ -120,6 +131,23 @@ class Log:
     def __exit__(self, *error):
         if self.lock:
             self.lock.close()
+
+
+def identity(folder):
+    """What stays when a folder is renamed, and changes when another takes its place; None if there is none."""
+    try:
+        status = os.stat(folder)
+        return status.st_dev, status.st_ino
+    except OSError:
+        return None
+
+
+def step_of(path):
+    """The step of a checkpoint, -1 if it is not usable."""
+    try:
+        return load_usable(path)["step"]
+    except (OSError, ValueError):
+        return -1
 
 
 def lock(folder):

@@ -67,7 +67,7 @@ class Objective:
 
     def held_out(self, split, n=0):
         """Fixed batches of a held-out split, n of them (0: all). The last is filled up with rows that count for nothing
-        (y = -1), so that every process has the same number."""
+        (y = -1), so that every process has the same number. Which tokens are masked depends on batch_size."""
         B = self.cfg.batch_size
         rows = self.rows(split, n * B)
         for i in range(0, len(rows), B):

@@ -51,11 +51,13 @@ def fill_held_out(model, corpus, cfg, mesh, autocast):
     rng, texts, split = np.random.default_rng(cfg.seed), [], corpus.held_out()[0]
     is_word = lambda token: re.fullmatch(" [A-Za-z]{2,}", corpus.tok.decode([token])) is not None
     for name, start, end in corpus.domains(split):
-        starts = range(start, end, -(-(end - start) // 16))
+        starts = range(start, end, max(1, -(-(end - start) // 16)))
         passages = [corpus.splits[split][i : min(i + cfg.block_size, end)].tolist() for i in starts]
-        truth = max(passages, key=lambda passage: sum(map(is_word, passage)))
+        truth = max(passages, key=lambda passage: sum(map(is_word, passage)), default=[])
         words = [i for i, token in enumerate(truth) if is_word(token)]
         words = words or [i for i, token in enumerate(truth) if token < corpus.tok.eot]
+        if not words:
+            continue  # no text in it
         hidden = rng.permutation(words)[: 1 + len(words) // 8].tolist()
         ids = [corpus.tok.mask if i in hidden else token for i, token in enumerate(truth)]
         texts.append(f"({name}; masked word, = where the first guess is right, guesses)\n"

@@ -420,9 +420,13 @@ def main():
     a = parser.parse_args()
     if unknown := set(a.parts) - parts.keys():
         sys.exit(f"bench.py: unknown part {', '.join(sorted(unknown))}; there are: {', '.join(parts)}")
+    if a.rounds < 0:
+        sys.exit(f"bench.py: --rounds={a.rounds} must be at least 1")
+    try:
+        dist.check_device(a.device)
+    except ValueError as error:
+        sys.exit(f"bench.py: {error}")
     device = torch.device(a.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("bench.py: there is no usable GPU here; use --device=cpu")
     a.rounds = a.rounds or (5 if a.quick else 15)
     dist.keep_memory()  # as train.py does
     dtype = a.dtype or ("bfloat16" if device.type == "cuda" else "float32")

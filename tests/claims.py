@@ -381,21 +381,28 @@ def patched(name, argv):
 # Runs
 
 
-def read_log(folder):
-    with open(os.path.join(folder, "log.jsonl")) as f:
+def read_log(path):
+    with open(path) as f:
         return [json.loads(line) for line in f]
 
 
-def finished(folder):
-    """The log of a run that came to its end, or None."""
+def finished(folder, argv):
+    """The log of a run that came to its end, or None. SystemExit if it had other flags: its numbers are another claim's."""
     try:
-        return read_log(folder) if os.path.exists(os.path.join(folder, "done")) else None
+        with open(os.path.join(folder, "done")) as f:
+            before = f.read()
+        log = read_log(os.path.join(folder, "log.jsonl"))
     except (OSError, ValueError):
         return None
+    if before != argv:
+        raise SystemExit(
+            f"claims: {folder} was made with other flags ({before.strip()}): name another --out, or delete it"
+        )
+    return log
 
 
 def launch(argv, contestant, patch, ranks, threads):
-    """One run of train.py in a process of its own. RuntimeError with its last lines if it fails."""
+    """One run of train.py in a process of its own. SystemExit with its last lines if it fails."""
     start = (
         ["-c", f"import claims; claims.patched({patch!r}, {argv!r})"]
         if patch
@@ -407,13 +414,16 @@ def launch(argv, contestant, patch, ranks, threads):
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "CONTESTANT": contestant}
     p = subprocess.run([sys.executable, *start], env=env, capture_output=True, text=True, cwd=ROOT)
     if p.returncode:
-        raise RuntimeError(f"{' '.join(argv)}\n{p.stderr[-2000:]}")
+        raise SystemExit(f"claims: train.py {' '.join(argv)}\n{p.stderr[-2000:].strip()}")
 
 
 def chosen(name, claim, methods):
     """The contestants that --methods asks for. SystemExit, one line, for none, or one that needs a run of another."""
     there = claim.contestants
-    some = {c: there[c] for c in there if not methods or any(re.fullmatch(m, c) for m in methods.split(";"))}
+    try:
+        some = {c: there[c] for c in there if not methods or any(re.fullmatch(m, c) for m in methods.split(";"))}
+    except re.error as error:
+        raise SystemExit(f"claims: --methods={methods} is no regular expression: {error}") from None
     if not some:
         raise SystemExit(f"claims: --methods={methods} names no contestant of {name}; there are: {'; '.join(there)}")
     for contestant, flags in some.items():
@@ -425,6 +435,8 @@ def chosen(name, claim, methods):
 
 def one_seed(name, claim, seed, a, places):
     """All contestants of one seed, in order. -> {contestant: log}."""
+    from data import files
+
     logs, places = {}, dict(places)
     for contestant, flags in claim.contestants.items():
         folder = places[contestant] = os.path.join(
@@ -434,14 +446,20 @@ def one_seed(name, claim, seed, a, places):
         if ratio := re.search(r"--max_steps=\{([^/}]+)/([^}]+)\}", argv):
             n = round(steps(logs[ratio[2]]) * seconds(logs[ratio[1]]) / seconds(logs[ratio[2]]))
             argv = argv.replace(ratio[0], "") + f" --max_steps={max(1, n)}"
-        argv = re.sub(r"\{(\w+)\}", lambda m: places[m[1]], argv).split()
-        if (log := finished(folder)) is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        flags = " ".join(argv.split())
+        argv = [re.sub(r"\{(\w+)\}", lambda m: places[m[1]], arg) for arg in argv.split()]
+        if (log := finished(folder, flags)) is None:
+            os.makedirs(folder, exist_ok=True)
+            with files.at_work(folder) as mine:
+                if mine is False:
+                    raise SystemExit(f"claims: another run is writing to {folder}: wait for it, or name another --out")
+                shutil.rmtree(folder, ignore_errors=True)
             argv += [f"--out_dir={folder}", "--log_every=1", "--save_every=0", "--sample_tokens=1"]
             argv += [] if "--eval_every" in " ".join(argv) else ["--eval_every=0"]
             launch(argv, contestant, claim.patch, claim.ranks, a.threads)
-            log = read_log(folder)
-            open(os.path.join(folder, "done"), "w").close()
+            log = read_log(os.path.join(folder, "log.jsonl"))
+            with open(os.path.join(folder, "done"), "w") as f:
+                f.write(flags)
             print(f"{name}: {contestant}, seed {seed}: {claim_line(claim, log)}", flush=True)
         logs[contestant] = log
     return logs
@@ -543,7 +561,10 @@ def chart(path, title, lines, xlabel, ylabel):
 def phases(source, path):
     """The first steps of one EvoMoE run, from its log.jsonl (--log_every=1 shows most): loss, experts per token and the
     gate's bar, the phases shaded behind them; as many steps again as it takes until the last phase begins."""
-    log = [{"phase": "diversify", "bar": math.nan} | e for e in every_step(read_log(source))]
+    try:
+        log = [{"phase": "diversify", "bar": math.nan} | e for e in every_step(read_log(source))]
+    except (OSError, ValueError, TypeError) as error:
+        raise SystemExit(f"claims: --log={source} cannot be read: {error}") from None
     if all(e["bar"] != e["bar"] for e in log):
         raise SystemExit(f"claims: {source} is not the log of a run with --gate=dts")
     begins = {}
@@ -574,22 +595,36 @@ def phases(source, path):
         f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 550">{STYLE}{"".join(parts)}</svg>\n')
 
 
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main():
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", help="; ".join([*CLAIMS, "unbiased", "comet", "phases"]))
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a minute, to see that it works")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--first", type=int, default=1337, help="the first seed")
     parser.add_argument("--methods", default="", help="regular expressions of contestants, with ; between them")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run")
-    parser.add_argument("--workers", type=int, default=2, help="seeds at a time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
+    parser.add_argument("--workers", type=positive, default=2, help="seeds at a time")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads per run")
     parser.add_argument("--log", default=os.path.join(ROOT, "out", "log.jsonl"), help="phases: of which run")
     parser.add_argument("--out", default="")
     a = parser.parse_args()
     a.out = a.out or os.path.join(ROOT, "out-claims" + "-quick" * a.quick)
-    os.makedirs(a.out, exist_ok=True)
+    if unknown := set(a.claims) - {*CLAIMS, "unbiased", "comet", "phases"}:
+        there = ", ".join([*CLAIMS, "unbiased", "comet", "phases"])
+        raise SystemExit(f"claims: {', '.join(sorted(unknown))} is unknown; there are: {there}")
+    if a.claims:
+        try:
+            os.makedirs(a.out, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"claims: cannot write to --out={a.out} ({error.strerror}): name another folder") from None
     if a.list or not a.claims:
         print("\n".join(f"{name:20} {claim.headline}" for name, claim in CLAIMS.items()))
         print(
@@ -599,17 +634,13 @@ def main():
         )
     for name in a.claims:
         if name == "phases":
-            phases(os.path.dirname(a.log), os.path.join(os.path.dirname(a.log), "phases.svg"))
+            phases(a.log, os.path.join(os.path.dirname(a.log), "phases.svg"))
         elif name in ("unbiased", "comet"):
             import toys
 
             getattr(toys, name)(a)
-        elif name in CLAIMS:
-            tell(name, CLAIMS[name], run_claim(name, CLAIMS[name], a), a.out)
         else:
-            raise SystemExit(
-                f"claims: {name} is unknown; there are: {', '.join([*CLAIMS, 'unbiased', 'comet', 'phases'])}"
-            )
+            tell(name, CLAIMS[name], run_claim(name, CLAIMS[name], a), a.out)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from xml.sax.saxutils import escape
 import torch
 
 from ranks import run_ranks  # puts the repository on the path, too
+import dist
 import train
 from data import batches
 from dist import make_mesh
@@ -464,7 +465,7 @@ def main(argv=None):
         else:
             draw_traffic(path, a.runs.split(","))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"pictures: {error}") from None
+        raise SystemExit(f"pictures: {dist.one_line(error)}") from None
     print(f"drew {path}")
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import xml.dom.minidom
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -135,14 +136,18 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
         for i, (p, t, k) in enumerate([("dense", 2.0, 8.0), ("tighten", 0.3, 4.0), ("hard", 0.3, 1.0)], 1)
     ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
-    claims.phases(tmp_path, tmp_path / "phases.svg")
+    claims.phases(tmp_path / "log.jsonl", tmp_path / "phases.svg")
     svg = xml.dom.minidom.parse(str(tmp_path / "phases.svg"))
     said = {t.firstChild.data for t in svg.getElementsByTagName("text")}
     assert len(svg.getElementsByTagName("polyline")) == 3
     assert {"loss", "bar", "experts per token", "diversify", "dense", "tighten", "hard"} <= said
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(step=1, loss=5.0)) + "\n")
     with pytest.raises(SystemExit, match="not the log of a run with --gate=dts"):
-        claims.phases(tmp_path, tmp_path / "phases.svg")
+        claims.phases(tmp_path / "log.jsonl", tmp_path / "phases.svg")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "lo')
+    for name in ("log.jsonl", "nothing"):
+        with pytest.raises(SystemExit, match=f"--log=.*{name} cannot be read"):
+            claims.phases(tmp_path / name, tmp_path / "phases.svg")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,7 @@ def test_the_picture_shows_three_curves_and_the_phases(tmp_path):
             "--methods=dents names no contestant of pays; there are: dense; switch; hash; evomoe; ",
         ),
         ("pays --methods=dense;.*time", "pays's \"switch, dense's time\" needs 'switch': add it to --methods"),
+        ("pays --methods=(", "--methods=( is no regular expression"),
         ("crossover --methods=copies.*", "crossover's 'copies 10 %' needs 'dense': add it to --methods"),
     ],
 )
@@ -162,3 +168,25 @@ def test_what_cannot_run_is_one_line(argv, words, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=re.escape(words)):
         claims.main()
     assert not any(tmp_path.iterdir())
+
+
+def test_runs_of_other_flags_are_not_taken_for_ones_own(options, monkeypatch):
+    one = dataclasses.replace(claims.CLAIMS["switch"], contestants={"dense": "--n_experts=1"})
+    seed = lambda: claims.one_seed("switch", one, 1, options, {})
+    log = seed()["dense"]
+    monkeypatch.setattr(claims, "launch", lambda *args: pytest.fail("it is there already"))
+    assert seed()["dense"] == log
+    options.flags += " --learning_rate=1e-3"
+    with pytest.raises(SystemExit, match="switch-dense-1 was made with other flags .*name another --out"):
+        seed()
+    (Path(options.out) / "switch-dense-1" / "done").unlink()
+    with files.at_work(str(Path(options.out) / "switch-dense-1")):
+        with pytest.raises(SystemExit, match="another run is writing to"):
+            seed()
+    assert claims.read_log(Path(options.out) / "switch-dense-1" / "log.jsonl") == log
+
+
+def test_rows_are_counted_at_every_step_and_curves_have_one_in_ten():
+    log = [dict(step=n, experts_per_token=8.0 if n == 7 else 1.0, loss=0.0) for n in range(1, 25)] + [dict(step=24)]
+    assert claims.rows(log) == pytest.approx(1 + 7 / 24) and claims.steps(log) == 24
+    assert [e["step"] for e in claims.training(log)] == [1, 10, 20]

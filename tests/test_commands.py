@@ -26,6 +26,7 @@ import train
 from data import files, objectives
 from data.bpe import Tokenizer
 from data.files import write_text
+from data.log import Log
 from data.objectives import LanguageModelling
 from router import gates
 from runs import (
@@ -413,6 +414,65 @@ def test_disk_full_while_saving(trained, corpora, tmp_path):
 def test_disk_full_while_logging(corpora, tmp_path):
     argv = flags(corpora, tmp_path / "out", "--max_steps=20")
     refuse(argv, tmp_path, "cannot write", "log.jsonl", before=disk_of(4000))
+
+
+def full_stdout():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def test_where_nobody_hears_the_run_it_saves_and_ends(corpora, trained, tmp_path):
+    """A closed terminal, `| head`, a full disk behind stdout."""
+    out = tmp_path / "out"
+    refuse(flags(corpora, out), tmp_path, "cannot write to stdout (No space", "--init_from=resume", before=full_stdout)
+    assert newest(out)["step"] == 1
+    run([f"--out_dir={out}", "--init_from=resume"], tmp_path)
+    argv = ["--eval_only", f"--out_dir={trained}"]
+    refuse(argv, tmp_path, "stdout", before=full_stdout)
+
+
+def test_closed_streams(corpora, tmp_path):
+    def close():
+        sys.stdout = sys.stderr = None
+
+    run(flags(corpora, tmp_path / "out"), tmp_path, before=close)
+    assert newest(tmp_path / "out")["step"] == 6
+
+
+def test_a_folder_that_is_moved_away(trained, tmp_path):
+    out = copy_of(trained, tmp_path)
+    with Log(str(out), dist.Mesh(), 6) as log:
+        log({"step": 7})
+        out.rename(tmp_path / "moved")
+        for _ in range(2):  # there is none, then another one
+            with pytest.raises(OSError, match="was moved or replaced"):
+                log({"step": 8})
+            out.mkdir(exist_ok=True)
+    assert not list(out.iterdir())
+
+
+def test_a_checkpoint_that_appears_between_loading_and_training(trained, tmp_path):
+    """The run before was still saving: it is not thrown away."""
+    out = copy_of(trained, tmp_path)
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=f"another run has just written .*{LAST}"):
+        Log(str(out), dist.Mesh(), 3)
+    assert snapshot(out) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / LAST).write_bytes(b"damaged")
+    Log(str(tmp_path / "other"), dist.Mesh(), 3).lock.close()
+
+
+def test_the_log_of_a_run_without_a_checkpoint_is_kept(corpora, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").write_text("of a run that was killed\n")
+    run(flags(corpora, tmp_path / "out"), tmp_path)
+    assert (tmp_path / "out" / "log.jsonl.old").read_text() == "of a run that was killed\n"
+
+
+def test_flags_without_effect_are_named(corpora, tmp_path):
+    said = run(flags(corpora, tmp_path / "out", "--n_experts=1", "--k=5", "--shared_hidden=8"), tmp_path)
+    assert "note: without effect with --n_experts=1, the dense model: --k, --shared_hidden\n" in said
+    assert "without effect" not in run(flags(corpora, tmp_path / "b", "--n_experts=1"), tmp_path)
 
 
 def test_two_runs_at_once_in_one_folder(corpora, tmp_path):

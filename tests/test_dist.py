@@ -589,10 +589,11 @@ def opens_on(rank, world, which):
         return str(error)
 
 
-def test_an_error_of_the_system_keeps_its_words_on_every_rank():
+def test_an_error_of_the_system_is_one_line_on_every_rank():
     assert run_ranks(2, opens_on, []) == [0, 1]
-    assert run_ranks(2, opens_on, [1]) == ["[Errno 2] No such file or directory: '/nowhere' (process 1)"] * 2
-    assert run_ranks(2, opens_on, [0, 1]) == ["[Errno 2] No such file or directory: '/nowhere'"] * 2
+    said = "cannot use /nowhere (No such file or directory): mend that, or name another file or folder"
+    assert run_ranks(2, opens_on, [1]) == [f"{said} (process 1)"] * 2
+    assert run_ranks(2, opens_on, [0, 1]) == [said] * 2
 
 
 @pytest.mark.parametrize(

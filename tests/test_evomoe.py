@@ -443,6 +443,8 @@ def test_importance_is_taken_per_sample():
         for j in range(8):
             expected[j] += (torch.dot(net[0].w1[0, j], g1[0, j]) + torch.dot(net[0].w2[0, j], g2[0, j])).abs().detach()
     assert torch.allclose(got, expected)
+    with pytest.raises(ValueError, match="nothing to predict"):
+        evomoe.importance(net, [])
     (mean,) = evomoe.importance(net, [sum(sample(i) for i in range(6))]).values()
     assert (mean <= got + 1e-6).all() and (got > 2 * mean).any()
 

@@ -6,6 +6,7 @@ each through train.main on letters that are easy to learn.
 import json
 import math
 import re
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -86,6 +87,14 @@ def test_classify(letters, tmp_path, capsys):
             train.main([f"--out_dir={tuned}", "--init_from=elsewhere", look])
     train.main([f"--out_dir={tuned}", "--sample=xyzzy wxyz"])
     assert re.search(r"-> right [5-9]\d %", capsys.readouterr().out)
+    swapped = shutil.copytree(letters["text"], tmp_path / "swapped")
+    meta = json.loads((swapped / "meta.json").read_text())
+    for split in meta["splits"].values():
+        split["domains"] = {"right": split["domains"]["left"], "left": split["domains"]["right"]}
+    (swapped / "meta.json").write_text(json.dumps(meta))
+    for look in ("--eval_only", "--sample=x", "--init_from=resume"):
+        with pytest.raises(ValueError, match="has the domains right, left; the checkpoint knows .* as left, right"):
+            train.main([f"--out_dir={tuned}", look, f"--dataset={swapped}"])
     train.main([*SMALL, "--objective=classify", text, f"--out_dir={tmp_path / 'scratch'}"])
     cfg = train.configure(
         train.parse(["--objective=classify", "--block_size=24", "--batch_size=4", text], train.Config)
@@ -320,3 +329,12 @@ def test_translations_are_scored_against_their_references(tmp_path):
     scores, shown = objective.scores(run(objective, model), "val", 3)
     assert re.findall(r"^    a b c d (\d)$", shown, re.M) == ["0", "2", "4"] and shown.count("\n -> ") == 1
     assert math.isclose(scores.pop("bleu"), 100 * math.exp(1 - 17 / 15)) and scores == dict(exact=2 / 3, sentences=3)
+
+
+def test_domains_without_a_word_are_left_out(tmp_path, capsys):
+    """An empty document is one <|endoftext|>: there is nothing to mask in it."""
+    texts = {"a": ["the cat sat on the mat " * 4] * 3}
+    write_text(str(tmp_path / "text"), BYTES, {"train": texts, "val": texts | {"b": [""]}}, "a test")
+    train.main([*SMALL, "--objective=roberta", f"--dataset={tmp_path / 'text'}", f"--out_dir={tmp_path / 'out'}"])
+    said = capsys.readouterr().out
+    assert "(a; masked word" in said and "(b; masked word" not in said

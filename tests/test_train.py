@@ -394,6 +394,23 @@ def test_importance_of_sharded_data(corpora, tmp_path):
     assert newest(tmp_path / "out")["step"] == 6
 
 
+def test_a_resumed_run_keeps_its_nodes(corpora, tmp_path):
+    """Without them a locality loss would be zero. On another number of processes it is told what cannot stay."""
+    more = ["--gate=locmoe", "--gate_args=locality=1", "--ranks_per_node=1", "--ep=2", "--save_every=3"]
+    run(flags(corpora, tmp_path / "out", *more), tmp_path, world=2)
+    again = copy_of(tmp_path / "out", tmp_path, LAST)
+    assert "from here on" not in run([f"--out_dir={again}", "--init_from=resume"], tmp_path, world=2)
+    assert_same_run(tmp_path / "out", again)
+    assert all(e["locality"] > 0.01 for e in log(again) if "loss" in e)
+    said = run([f"--out_dir={again}", "--init_from=resume", "--max_steps=7", "--ranks_per_node=2"], tmp_path, world=2)
+    assert "--ranks_per_node=2 (before: 1)" in said
+    assert newest(again)["config"]["ep"] == 2
+    more = ["--n_experts=2", "--ranks_per_node=2", "--ep=2", "--batch_size=4"]
+    run(flags(corpora, tmp_path / "two", *more), tmp_path, world=2)
+    said = run([f"--out_dir={tmp_path / 'two'}", "--init_from=resume", "--max_steps=7"], tmp_path)
+    assert "--ep=0 (before: 2)" in said and "--ranks_per_node=0 (before: 2)" in said
+
+
 def test_capacity_and_groups(corpora, tmp_path):
     """Two processes drop as one with two groups; not as one with one."""
     more = ["--gate=gshard", "--capacity_factor=0.7"]

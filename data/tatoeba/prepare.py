@@ -34,7 +34,7 @@ def read_pairs(path):
     try:
         with zipfile.ZipFile(path) as archive:
             lines = archive.read("deu.txt").decode("utf-8").rstrip("\n").split("\n")
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, UnicodeDecodeError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, UnicodeDecodeError, RuntimeError) as e:  # or encrypted
         raise ValueError(f"{path} is damaged: {e}") from None
     rows = [[cell.strip() for cell in line.split("\t")[:2]] for line in lines]
     pairs = list(dict.fromkeys(tuple(row) for row in rows if len(row) == 2 and all(row)))
