@@ -435,7 +435,8 @@ def one_line(error):
     """What to tell a user about an error, in one line; None if it is a bug and wants its traceback."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:  # nobody has said more about it than the system
-        return f"cannot use {error.filename or 'a file, or stdout'} ({error.strerror}): mend that, or name another file or folder"
+        where = error.filename or "a file, or stdout"
+        return f"cannot use {where} ({error.strerror}): mend that, or name another file or folder"
     if isinstance(error, (ValueError, OSError)):
         return text
     if isinstance(error, MemoryError) or re.search("allocate memory|out of memory|bad_alloc", text):
@@ -687,13 +688,11 @@ def fault(state):
             return f"its {name} is empty or of a wrong type"
     if state["step"] < 0 or type(state.get("n_domains", 1)) is not int or state.get("n_domains", 1) < 1:
         return "its step or its number of domains is wrong"
+    if not isinstance(state.get("vocabulary") or "", str):
+        return "its vocabulary is of a wrong type"
     parts = state.get("parts", [])
-    if (
-        not isinstance(state.get("vocabulary") or "", str)
-        or not isinstance(parts, list)
-        or set(map(type, parts)) - {str}
-    ):
-        return "its vocabulary or its domains are of a wrong type"
+    if not isinstance(parts, list) or not all(isinstance(name, str) for name in parts):
+        return "its domains are of a wrong type"
     model = state["model"]
     dense = lambda t: torch.is_tensor(t) and t.layout == torch.strided and t.device.type == "cpu"  # noqa: E731
     if not all(map(dense, model.values())):

@@ -380,7 +380,7 @@ def save(run, step):
     """out_dir/ckpt_STEP.pt; the last two are kept."""
     corpus = run.objective.corpus
     more = dict(vocabulary=corpus.tok.fingerprint(), n_domains=run.n_domains, parts=run.objective.parts("train"))
-    more |= dict(config=dataclasses.asdict(run.cfg))
+    more["config"] = dataclasses.asdict(run.cfg)
     dist.save_checkpoint(run.cfg.out_dir, step, run.model, run.optimizer, run.mesh, **more)
 
 
@@ -402,13 +402,12 @@ def resumed(given, mesh):
     evomoe.agree(given, state["config"], path, "--out_dir", began)
     of_this_start = "eval_only sample device timeout".split()
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
-    layout = {
-        name: given.get(name, old.get(name, getattr(Config, name))) for name in ("ep", "ranks_per_node", "two_level")
-    }
+    layout = dict(ep=0, ranks_per_node=0, two_level=False)
+    layout = {name: given.get(name, old.get(name, default)) for name, default in layout.items()}
     kept = old
     try:
         dist.check_layout(mesh.world, old["n_experts"], **layout)
-    except ValueError:  # another number of processes
+    except ValueError:  # made for another number of processes
         kept = {name: value for name, value in old.items() if name not in layout}
     given = {**given, "out_dir": out_dir}  # where it was found, not where it was written
     resumes = given.pop("init_from", "") == "resume"  # the config goes on telling what the whole run began with
@@ -477,13 +476,9 @@ def assemble(cfg, state, mesh):
             f"--dataset={cfg.dataset} has another vocabulary or other domains than the one that the "
             "checkpoint was trained with: prepare it as it was then"
         )
-    parts, before = objective.parts("train"), state.get("parts")
-    if (
-        "optimizer" in state
-        and parts != before
-        and before
-        and (cfg.objective == "classify" or cfg.gate == "randomrouted")
-    ):
+    parts, before = objective.parts("train"), state.get("parts") if "optimizer" in state else None
+    by_number = cfg.objective == "classify" or cfg.gate == "randomrouted"
+    if by_number and before not in (None, parts):
         raise ValueError(
             f"--dataset={cfg.dataset} has the domains {', '.join(parts)}; the checkpoint knows them by number, as "
             f"{', '.join(before)}: prepare it as it was then"
@@ -580,11 +575,8 @@ def main(argv):
         train(run)
     run.mesh.close()
     if run.unheard:
-        again = (
-            ""
-            if run.cfg.eval_only or "sample" in given
-            else f"; go on with --init_from=resume --out_dir={run.cfg.out_dir}"
-        )
+        trained = not run.cfg.eval_only and "sample" not in given
+        again = f"; go on with --init_from=resume --out_dir={run.cfg.out_dir}" if trained else ""
         raise OSError(f"cannot write to stdout ({run.unheard}){again}")
 
 

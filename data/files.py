@@ -209,7 +209,7 @@ def prepare_missing(dataset):
         print(f"preparing data/{dataset} (a few seconds, once)", flush=True)
         if subprocess.run([sys.executable, script]).returncode:
             raise ValueError(
-                f"{script} failed: see above. Where this folder cannot be written to: python {script} --out_dir=FOLDER, "
+                f"{script} failed: see above. If this folder cannot be written to: python {script} --out_dir=FOLDER, "
                 "then --dataset=FOLDER"
             )
 

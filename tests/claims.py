@@ -387,7 +387,7 @@ def read_log(path):
 
 
 def finished(folder, argv):
-    """The log of a run that came to its end, or None. SystemExit if it had other flags: its numbers are another claim's."""
+    """The log of a run that came to its end, or None. SystemExit if it had other flags than argv, a string."""
     try:
         with open(os.path.join(folder, "done")) as f:
             before = f.read()
