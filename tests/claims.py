@@ -614,9 +614,9 @@ def main():
     parser.add_argument("--workers", type=positive, default=2, help="seeds at a time")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads per run")
     parser.add_argument("--log", default=os.path.join(ROOT, "out", "log.jsonl"), help="phases: of which run")
-    parser.add_argument("--out", default="")
+    parser.add_argument("--out", default="", help='folder of the runs; "": out-claims, and a name of its own for --flags')
     a = parser.parse_args()
-    a.out = a.out or os.path.join(ROOT, "out-claims" + "-quick" * a.quick)
+    a.out = a.out or os.path.join(ROOT, "out-claims" + "-quick" * a.quick + re.sub(r"[^\w.=]+", "-", a.flags))
     if unknown := set(a.claims) - {*CLAIMS, "unbiased", "comet", "phases"}:
         there = ", ".join([*CLAIMS, "unbiased", "comet", "phases"])
         raise SystemExit(f"claims: {', '.join(sorted(unknown))} is unknown; there are: {there}")
