@@ -261,10 +261,11 @@ CLAIMS = {
         ("evomoe", "dts from the start")),
     "map": Claim(
         "one expert first pays where experts are many and each sees few tokens",
-        {f"{m} E {E}{f', {n} steps' * (n < 600)}": f"{METHODS[m]} --n_experts={E} --max_steps={n}"
-         for n in (600, 300) for E in (8, 32) for m in ("switch", "evomoe")}
-        | {"switch after the spawn E 32, 300 steps": "--gate=switch --diversify=0.05 --n_experts=32 --max_steps=300"},
-        ("evomoe E 32", "switch E 32")),
+        {f"{m} E {E}{f', {n} steps' * (n < 600)}": f"{flags} --n_experts={E} --max_steps={n}"
+         for n in (600, 300) for E in (8, 32)
+         for m, flags in (("switch", METHODS["switch"]), ("evomoe", METHODS["evomoe"]), ("switch after the spawn",
+                          "--gate=switch --diversify=0.05"))},
+        ("switch after the spawn E 32, 300 steps", "switch E 32, 300 steps")),
     "howmany": Claim(
         "dense to sparse finds how many experts a token needs, better than its rivals do",
         {"evomoe": METHODS["evomoe"], "topp": "--gate=topp", "remoe": "--gate=remoe"}, ("evomoe", "remoe")),

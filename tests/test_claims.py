@@ -49,7 +49,7 @@ SOME = {  # contestants that are enough to see a claim work
     "evomoe_translation": "switch|evomoe",
     "crossover": "dense|dense on 10 %|copies 100 %|switch 100 %|evomoe 10 %",
     "switch": "dense|E 2|E 32",
-    "map": "switch E 32|evomoe E 32",
+    "map": "switch E 32, 300 steps|switch after the spawn E 32, 300 steps",
     "pays": "dense|switch|switch, dense's time",
     "gates": "switch|hash",
     "parts": "dts from the start|evomoe",
