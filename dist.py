@@ -329,10 +329,11 @@ def init(ranks_per_node=0, timeout=600, device=None):
     _, ranks_per_node = check_layout(world, 1, 0, ranks_per_node or slots)
     if device == "mps" and world > 1:
         raise ValueError("--device=mps works on one process only: gloo cannot send its tensors")
-    if str(device).startswith("cuda:") and world > 1:
+    one_gpu = str(device).startswith("cuda:")
+    if one_gpu and world > 1:
         raise ValueError(f"--device={device} is one GPU for {world} processes: with --device=cuda each takes its own")
     if gpus >= slots or (gpus and device):  # two NCCL ranks cannot share a GPU, two gloo ranks can
-        device = device if str(device).startswith("cuda:") else f"cuda:{slot % gpus}"
+        device = device if one_gpu else f"cuda:{slot % gpus}"
         torch.cuda.set_device(device)
     join(rank, world, "nccl" if gpus >= slots else "gloo", timedelta(seconds=timeout))
     return Mesh(rank, world, 1, ranks_per_node, torch.device(device or "cpu"), process_groups={"world": None})

@@ -1420,8 +1420,8 @@ class Permuted(nn.Module):
         return self.gate.report()
 
     def of_outputs(self, place, searching):
-        """place as the gate inside should see it: `near` is where its outputs lead, not where experts live. During the search
-        each leads everywhere."""
+        """place as the gate inside should see it: `near` is where its outputs lead, not where experts live. During the
+        search each leads everywhere."""
         if place is None or place.near is None:
             return place
         place = copy.copy(place)

@@ -494,11 +494,8 @@ def assemble(cfg, state, mesh):
         dist.load_state(model, optimizer, state, mesh)
     elif state:
         evomoe.load_weights(model, state["model"], mesh)
-    dtype = cfg.dtype or (
-        "bfloat16"
-        if mesh.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "float32"
-    )
+    in_bf16 = mesh.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = cfg.dtype or ("bfloat16" if in_bf16 else "float32")
     autocast = torch.autocast(mesh.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     phases = evomoe.show(cfg, mixture) if objective.schedule_step(0) == 0 else ""  # fine-tuning: they are over
     first, again = state.get("step", 0), "optimizer" in state

@@ -240,6 +240,7 @@ STUDENT = (
     "--init_from={teacher} --n_experts=4 --gate=hash --distill=1 --expert_hidden=128 --spawn_ratio=0.67 --max_steps=300"
 )
 LOCAL = "--gate=locmoe --gate_args=locality="
+AFTER_SPAWN = "--gate=switch --diversify=0.05"
 CLAIMS = {
     "evomoe": Claim(
         "EvoMoE ends at a lower loss than Switch, BASE, Hash and StableMoE at equal steps (GPT)",
@@ -254,7 +255,7 @@ CLAIMS = {
         {"dense": METHODS["dense"]} | {gate: f"--gate={gate}" for gate in CAUSAL.split()}, ("hash", "switch")),
     "parts": Claim(
         "both phases of EvoMoE matter: one expert first, and dense to sparse",
-        {"switch": "--gate=switch", "switch after the spawn": "--gate=switch --diversify=0.05",
+        {"switch": "--gate=switch", "switch after the spawn": AFTER_SPAWN,
          "dts from the start": "--gate=dts --diversify=0", "evomoe": METHODS["evomoe"],
          "evomoe, the paper's gate": "--gate=dts --diversify=0.1 --gate_args=tau_max=2,tau_min=0.3,noise=constant,"
                                      "tighten=0.001,dense=0.1667,hard=0.3333"},
@@ -263,8 +264,8 @@ CLAIMS = {
         "one expert first pays where experts are many and each sees few tokens",
         {f"{m} E {E}{f', {n} steps' * (n < 600)}": f"{flags} --n_experts={E} --max_steps={n}"
          for n in (600, 300) for E in (8, 32)
-         for m, flags in (("switch", METHODS["switch"]), ("evomoe", METHODS["evomoe"]), ("switch after the spawn",
-                          "--gate=switch --diversify=0.05"))},
+         for m, flags in (("switch", METHODS["switch"]), ("evomoe", METHODS["evomoe"]),
+                          ("switch after the spawn", AFTER_SPAWN))},
         ("switch after the spawn E 32, 300 steps", "switch E 32, 300 steps")),
     "howmany": Claim(
         "dense to sparse finds how many experts a token needs, better than its rivals do",
@@ -605,7 +606,8 @@ def positive(text):
 def main():
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("claims", nargs="*", help="; ".join([*CLAIMS, "unbiased", "comet", "phases"]))
+    names = [*CLAIMS, "unbiased", "comet", "phases"]
+    parser.add_argument("claims", nargs="*", help="; ".join(names))
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a minute, to see that it works")
     parser.add_argument("--seeds", type=positive, default=3)
@@ -615,12 +617,13 @@ def main():
     parser.add_argument("--workers", type=positive, default=2, help="seeds at a time")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads per run")
     parser.add_argument("--log", default=os.path.join(ROOT, "out", "log.jsonl"), help="phases: of which run")
-    parser.add_argument("--out", default="", help='folder of the runs; "": out-claims, and a name of its own for --flags')
+    parser.add_argument(
+        "--out", default="", help='folder of the runs; "": out-claims, and a name of its own for --flags'
+    )
     a = parser.parse_args()
     a.out = a.out or os.path.join(ROOT, "out-claims" + "-quick" * a.quick + re.sub(r"[^\w.=]+", "-", a.flags))
-    if unknown := set(a.claims) - {*CLAIMS, "unbiased", "comet", "phases"}:
-        there = ", ".join([*CLAIMS, "unbiased", "comet", "phases"])
-        raise SystemExit(f"claims: {', '.join(sorted(unknown))} is unknown; there are: {there}")
+    if unknown := set(a.claims) - set(names):
+        raise SystemExit(f"claims: {', '.join(sorted(unknown))} is unknown; there are: {', '.join(names)}")
     if a.claims:
         try:
             os.makedirs(a.out, exist_ok=True)
