@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.nn.functional as F
 
 import claims
 import evomoe
@@ -29,6 +30,7 @@ def options(tmp_path, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(train, "evaluate", train.evaluate)  # put back what a patch changes
             m.setattr(train.evomoe, "importance", train.evomoe.importance)
+            m.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
             if patch:
                 getattr(claims, patch)(train)
             train.main(argv)
@@ -47,6 +49,7 @@ SOME = {  # contestants that are enough to see a claim work
     "evomoe": "dense|switch|evomoe|evomoe, dense's time",
     "evomoe_roberta": "switch|evomoe",
     "evomoe_translation": "switch|evomoe",
+    "neighbours": "switch|evomoe",
     "crossover": "dense|dense on 10 %|copies 100 %|switch 100 %|evomoe 10 %",
     "switch": "dense|E 2|E 32",
     "map": "switch E 32, 300 steps|switch after the spawn E 32, 300 steps",
