@@ -1,12 +1,13 @@
 """
-Four pictures, drawn by the code that they are about:
+Five pictures, drawn by the code that they are about:
 
     python tests/pictures.py gates              G of six gates for the same eight tokens
     python tests/pictures.py journey            the rows of two processes on their way to the experts and back
     python tests/pictures.py experts --runs=out-switch,out-hash      who gets what in two trained models
     python tests/pictures.py traffic --runs=out-near,out-far         from which node to which expert, in two others
+    python tests/pictures.py heads --runs=out-a,out-b                where the masks of RoBERTas look
 
-The last two read the newest checkpoint of runs of train.py and train nothing. Those in tests/figures/ were drawn from
+The last three read the newest checkpoint of runs of train.py and train nothing. Those in tests/figures/ were drawn from
 
     python train.py --max_steps=300 --gate=switch --out_dir=out-switch
     python train.py --max_steps=300 --gate=hash --out_dir=out-hash
@@ -15,11 +16,14 @@ and, for traffic, with --gate=switch --out_dir=out-far and --gate=locmoe --out_d
 
     torchrun --nproc_per_node=2 train.py --max_steps=300 --ranks_per_node=1 --shard_by_domain
 
+and, for heads, two runs of `python tests/claims.py evomoe_roberta --flags=--max_steps=2000`, seed 1337: switch, dense.
+
 Each is an SVG file in tests/figures/ (--out=FOLDER: elsewhere), 700 wide, in light and dark mode, without a plotting
 package. A picture is a list of SVG elements, strings; y grows downwards.
 """
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -132,16 +136,17 @@ def draw_gates(path):
     save_svg(path, 138 + 194 * 4, "G of six gates for the same eight tokens", caption, parts)
 
 
-def heat_map(x, y, name, idea, words, G, width=37):
-    """G (N, E) with tokens from left to right, its name on the base line y; 28 + N * width wide, 50 + 27 * E high."""
+def heat_map(x, y, name, idea, words, G, width=37, row="E"):
+    """G (N, E) with tokens from left to right, its name on the base line y; 28 + N * width wide, 50 + 27 * E high. row:
+    what a row is, a letter."""
     left, top, height = x + 28, y + 50, 27
     parts = [text(x, y, name, "name"), text(x, y + 20, idea, "soft")]
     parts += [text(left + width * (n + 0.5), top - 8, word, "middle") for n, word in enumerate(words)]
     lines = [f"M{left} {top + height * e}h{width * len(G)}" for e in range(G.shape[1] + 1)]
     lines += [f"M{left + width * n} {top}v{height * G.shape[1]}" for n in range(len(G) + 1)]
-    for e, row in enumerate(G.T.tolist()):
-        parts.append(text(x, top + height * (e + 0.5) + 5, f"E{e}", "soft"))
-        for n, g in enumerate(row):
+    for e, weights in enumerate(G.T.tolist()):
+        parts.append(text(x, top + height * (e + 0.5) + 5, f"{row}{e}", "soft"))
+        for n, g in enumerate(weights):
             if g:
                 at = left + width * n, top + height * e
                 parts.append(box(*at, width, height, "heat", f' fill-opacity="{0.12 + 0.88 * min(g, 1):.2f}"'))
@@ -442,17 +447,66 @@ def matrix(x, y, taken, layer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Where masks look
+
+
+def draw_heads(path, folders):
+    """A column for each run: the heads of its first layer."""
+    words, parts = ["-4", "-3", "-2", "-1", "0", "+1", "+2", "+3", "+4"], []
+    for i, folder in enumerate(folders):
+        name, weights = look(folder)
+        apart = (weights[5] - weights[3]).abs().max()
+        found = f"a head's two neighbours differ by up to {apart:.0%}"
+        shown = weights.where(weights > 0.005, 0)
+        parts += heat_map(10 + 350 * i, 138, name, found, words, shown, 34, row="H")
+    caption = (
+        "The first layer of RoBERTas: a row is a head, a column is how far to the left or right of a",
+        "masked position, a cell is the head's weight there, mean over the masks of held-out text.",
+        "See: a head that looks both ways cannot tell before from after; one head for each side can.",
+    )
+    save_svg(path, 138 + 60 + 27 * weights.shape[1], "Where a mask looks", caption, parts)
+
+
+def look(folder, reach=4):
+    """The newest checkpoint of a run -> its name; the attention weight (2 * reach + 1, heads) of its first layer by
+    offset, from -reach to reach, mean over the masks of held-out text. ValueError if it is no RoBERTa."""
+    run = train.set_up(dict(out_dir=folder, eval_only=True))
+    if run.cfg.objective != "roberta":
+        raise ValueError(f"{folder} is not a run with --objective=roberta")
+    attn, seen, offsets = run.model.stack.blocks[0].attn, [], torch.arange(-reach, reach + 1)
+    hook = attn.register_forward_pre_hook(lambda attn, inputs: seen.append(inputs[0]))
+    total, n = torch.zeros(2 * reach + 1, attn.heads), 0
+    with train.evaluating(run.model):
+        for batch in run.objective.held_out(run.objective.corpus.held_out()[0], 8):
+            (batch,) = batches.micro_batches(batch, 1, run.mesh)
+            train.task_loss(run.model, batch)
+            x = seen.pop()  # (B, T, D)
+            split = lambda t: t.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
+            q, k = split(attn.q(x)), split(attn.kv(x).chunk(2, dim=-1)[0])
+            weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # (B, heads, T, T)
+            masks = (batch["x"] == run.model.mask_id)[:, reach:-reach]
+            b, t = masks.nonzero(as_tuple=True)
+            b, t = b[:, None], t[:, None] + reach
+            total += weights[b, :, t, t + offsets].sum(0).cpu()
+            n += len(b)
+    hook.remove()
+    gate = run.cfg.gate if run.model.gates() else "dense"
+    return f"{gate}, after {run.first} steps", total / n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=["gates", "journey", "experts", "traffic"])
-    parser.add_argument("--runs", default="", help="experts, traffic: out_dirs of train.py, with commas between them")
+    parser.add_argument("picture", choices=["gates", "journey", "experts", "traffic", "heads"])
+    parser.add_argument("--runs", default="", help="experts, traffic, heads: out_dirs of train.py, with commas between them")
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder to draw into")
     a = parser.parse_args(argv)
-    if (a.picture in ("experts", "traffic")) != bool(a.runs):
-        parser.error("experts and traffic, and only they, need --runs=DIR1,DIR2")
+    of_runs = {"experts": draw_experts, "traffic": draw_traffic, "heads": draw_heads}
+    if (a.picture in of_runs) != bool(a.runs):
+        parser.error(f"{', '.join(of_runs)}, and only they, need --runs=DIR1,DIR2")
     torch.set_num_threads(1)
     path = a.out / f"{a.picture}.svg"
     try:
@@ -460,10 +514,8 @@ def main(argv=None):
             draw_gates(path)
         elif a.picture == "journey":
             draw_journey(path)
-        elif a.picture == "experts":
-            draw_experts(path, a.runs.split(","))
         else:
-            draw_traffic(path, a.runs.split(","))
+            of_runs[a.picture](path, a.runs.split(","))
     except (ValueError, OSError) as error:
         raise SystemExit(f"pictures: {dist.one_line(error)}") from None
     print(f"drew {path}")

@@ -5,6 +5,7 @@ import xml.dom.minidom
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ranks import run_ranks  # puts the repository on the path, too
 import pictures
@@ -13,7 +14,7 @@ from data.bpe import Tokenizer
 from data.files import write_text
 from router import example
 
-NAMES = ["gates", "journey", "experts", "traffic"]
+NAMES = ["gates", "journey", "experts", "traffic", "heads"]
 
 
 def elements(path, tag):
@@ -141,10 +142,12 @@ def runs(tmp_path_factory):
     common = dict(
         dataset=str(folder / "text"), n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=7, device="cpu"
     )
-    for name, flags in dict(hash=dict(gate="hash"), topk=dict(gate="topk"), dense=dict(n_experts=1)).items():
+    flags = dict(hash=dict(gate="hash"), topk=dict(gate="topk"), dense=dict(n_experts=1))
+    flags["roberta"] = dict(objective="roberta", gate="switch")
+    for name, more in flags.items():
         (folder / name).mkdir()
-        train.save(train.set_up(common | flags | dict(out_dir=str(folder / name))), 0)
-    return {name: str(folder / name) for name in ("hash", "topk", "dense")}
+        train.save(train.set_up(common | more | dict(out_dir=str(folder / name))), 0)
+    return {name: str(folder / name) for name in flags}
 
 
 def test_experts_counts_every_held_out_token_once_per_expert(runs):
@@ -183,12 +186,36 @@ def test_traffic_counts_the_rows_that_leave_their_node(runs, tmp_path):
     assert sum(word == "node 1: code" for word in shown) == 4
 
 
+def test_heads_shows_the_attention_of_masks(runs, tmp_path, monkeypatch):
+    """Against the kernel itself, asked for its weights by values that are the identity, mask by mask."""
+    real, seen = F.scaled_dot_product_attention, []
+    eye = lambda q: torch.eye(q.shape[2]).expand(*q.shape[:2], -1, -1)
+    watched = lambda q, k, v, **more: seen.append(real(q, k, eye(q), **more)) or real(q, k, v, **more)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    name, weights = pictures.look(runs["roberta"], reach=2)
+    run = train.set_up(dict(out_dir=runs["roberta"], eval_only=True))
+    masks = [batch["x"] == run.model.mask_id for batch in run.objective.held_out("val", 8)]
+    found = [
+        layer[b, :, t, t - 2 : t + 3]  # (heads, 5)
+        for mask, layer in zip(masks, seen[::2])  # of two layers the first
+        for b, t in mask.nonzero().tolist()
+        if 2 <= t < 14
+    ]
+    assert name == "switch, after 0 steps" and len(found) > 20
+    assert torch.allclose(weights, torch.stack(found).mean(0).T, atol=1e-6)
+    monkeypatch.undo()
+    pictures.main(["heads", f"--runs={runs['roberta']},{runs['roberta']}", f"--out={tmp_path}"])
+    check_form(tmp_path / "heads.svg")
+    with pytest.raises(SystemExit, match="hash is not a run with --objective=roberta"):
+        pictures.main(["heads", f"--runs={runs['hash']}", f"--out={tmp_path}"])
+
+
 def test_experts_needs_runs_with_experts(runs, tmp_path):
     with pytest.raises(SystemExit, match="dense is not a run with --objective=gpt and more than one expert"):
         pictures.main(["experts", f"--runs={runs['dense']}", f"--out={tmp_path}"])
     with pytest.raises(SystemExit, match="no checkpoint"):
         pictures.main(["experts", f"--runs={tmp_path / 'nothing'}", f"--out={tmp_path}"])
-    for wrong in ["experts"], ["traffic"], ["gates", "--runs=out"]:
+    for wrong in ["experts"], ["traffic"], ["heads"], ["gates", "--runs=out"]:
         with pytest.raises(SystemExit):
             pictures.main([*wrong, f"--out={tmp_path}"])
     assert not list(tmp_path.iterdir())
