@@ -16,7 +16,7 @@ and, for traffic, with --gate=switch --out_dir=out-far and --gate=locmoe --out_d
 
     torchrun --nproc_per_node=2 train.py --max_steps=300 --ranks_per_node=1 --shard_by_domain
 
-and, for heads, two runs of `python tests/claims.py evomoe_roberta --flags=--max_steps=2000`, seed 1337: switch, dense.
+and, for heads, two runs of `python tests/claims.py heads`, seed 1337: switch and dense.
 
 Each is an SVG file in tests/figures/ (--out=FOLDER: elsewhere), 700 wide, in light and dark mode, without a plotting
 package. A picture is a list of SVG elements, strings; y grows downwards.
@@ -501,7 +501,9 @@ def look(folder, reach=4):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", choices=["gates", "journey", "experts", "traffic", "heads"])
-    parser.add_argument("--runs", default="", help="experts, traffic, heads: out_dirs of train.py, with commas between them")
+    parser.add_argument(
+        "--runs", default="", help="experts, traffic, heads: out_dirs of train.py, with commas between them"
+    )
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder to draw into")
     a = parser.parse_args(argv)
     of_runs = {"experts": draw_experts, "traffic": draw_traffic, "heads": draw_heads}

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch.nn.functional as F
 
 import claims
 import evomoe
@@ -18,6 +17,7 @@ import router
 import toys
 import train
 from data import files
+from model import RoBERTa
 from runs import run
 
 
@@ -30,7 +30,7 @@ def options(tmp_path, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(train, "evaluate", train.evaluate)  # put back what a patch changes
             m.setattr(train.evomoe, "importance", train.evomoe.importance)
-            m.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
+            m.setattr(RoBERTa, "look_around", RoBERTa.look_around)
             if patch:
                 getattr(claims, patch)(train)
             train.main(argv)
@@ -49,7 +49,7 @@ SOME = {  # contestants that are enough to see a claim work
     "evomoe": "dense|switch|evomoe|evomoe, dense's time",
     "evomoe_roberta": "switch|evomoe",
     "evomoe_translation": "switch|evomoe",
-    "neighbours": "switch|evomoe",
+    "heads": "switch|evomoe",
     "crossover": "dense|dense on 10 %|copies 100 %|switch 100 %|evomoe 10 %",
     "switch": "dense|E 2|E 32",
     "map": "switch E 32, 300 steps|switch after the spawn E 32, 300 steps",
