@@ -248,7 +248,7 @@ CLAIMS = {
     "evomoe_roberta": Claim(
         "the same for masked language modelling", at_equal_time(METHODS), ("evomoe", "switch"), "--objective=roberta"),
     "heads": Claim(
-        "the same for masked language modelling with heads that start at random: luck",
+        "the same for masked language modelling with heads that start at random",
         at_equal_time(METHODS), ("evomoe", "switch"), "--objective=roberta --max_steps=2000", patch="random_heads"),
     "evomoe_translation": Claim(
         "the same for translation", at_equal_time(METHODS), ("evomoe", "switch"), "--objective=translation",

@@ -455,8 +455,8 @@ def draw_heads(path, folders):
     words, parts = ["-4", "-3", "-2", "-1", "0", "+1", "+2", "+3", "+4"], []
     for i, folder in enumerate(folders):
         name, weights = look(folder)
-        apart = (weights[5] - weights[3]).abs().max()
-        found = f"a head's two neighbours differ by up to {apart:.0%}"
+        apart = (weights[words.index("+1")] - weights[words.index("-1")]).abs().max()
+        found = f"left and right neighbour: at most {apart:.2f} apart"
         shown = weights.where(weights > 0.005, 0)
         parts += heat_map(10 + 350 * i, 138, name, found, words, shown, 34, row="H")
     caption = (
