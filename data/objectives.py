@@ -150,7 +150,7 @@ class MaskFilling(Objective):
 class Classification(MaskFilling):
     """Which domain is a passage from? A RoBERTa of its own, or, with --init_from, a trained one. It stands where GLUE
     stands in the paper, on data that every Python has. Pre-training of 1000 steps does not pay here, not even with
-    50 labelled passages; 5000 do with 200 (tests/RESULTS.md, "Pre-training with few labels")."""
+    50 labelled passages; 5000 do with 200 and more (tests/RESULTS.md, "Pre-training with few labels")."""
 
     continues = "roberta"
     defaults = dict(dataset="stdlib/packages", gate="switch", n_layer=2, block_size=64, batch_size=64, dropout=0.1,
