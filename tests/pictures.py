@@ -473,7 +473,8 @@ def look(folder, reach=4):
     run = train.set_up(dict(out_dir=folder, eval_only=True))
     if run.cfg.objective != "roberta":
         raise ValueError(f"{folder} is not a run with --objective=roberta")
-    attn, seen, offsets = run.model.stack.blocks[0].attn, [], torch.arange(-reach, reach + 1)
+    attn, seen = run.model.stack.blocks[0].attn, []
+    offsets = torch.arange(-reach, reach + 1, device=run.mesh.device)
     hook = attn.register_forward_pre_hook(lambda attn, inputs: seen.append(inputs[0]))
     total, n = torch.zeros(2 * reach + 1, attn.heads), 0
     with train.evaluating(run.model):
