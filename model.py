@@ -267,8 +267,8 @@ class RoBERTa(Model):
 
     @torch.no_grad()
     def look_around(self):
-        """Positions start as waves, and two heads of the first layer where a mask's neighbours are: the first head looks
-        at the token to the left, the second, if there is one, at the one to the right.
+        """Positions start as waves, and two heads of the first layer where a mask's neighbours are: the first looks at
+        the token to the left, the second, if there is one, at the one to the right.
 
             p_i = 0.02 sqrt(2) (cos w i, sin w i), a frequency w for each pair of dimensions (Vaswani et al. 2017,
                   section 3.5; here multiples of the golden ratio, which cover 0 to pi evenly in any stretch of them)
@@ -276,8 +276,9 @@ class RoBERTa(Model):
             q_i k_j ~ sum over w of cos w (i + offset - j), which is largest at j = i + offset
 
         The strength grows with the log of T and falls with the head's width: a neighbour gets half of the attention at
-        the default size, a quarter with twice the heads or four times the length. From random weights this takes a third of a run of 1000 steps and mostly yields two heads that look
-        both ways and cannot tell before from after: tests/RESULTS.md."""
+        the default size, a quarter with twice the heads or four times the length. From random weights this takes a
+        third of a run of 1000 steps and mostly yields two heads that look both ways and cannot tell before from after:
+        tests/RESULTS.md."""
         (T, D), heads = self.wpe.weight.shape, self.cfg.n_head
         w = math.pi * (0.618034 * torch.arange((D + 1) // 2) % 1)
         angle = torch.arange(T)[:, None] * w

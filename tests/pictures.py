@@ -136,17 +136,17 @@ def draw_gates(path):
     save_svg(path, 138 + 194 * 4, "G of six gates for the same eight tokens", caption, parts)
 
 
-def heat_map(x, y, name, idea, words, G, width=37, row="E"):
-    """G (N, E) with tokens from left to right, its name on the base line y; 28 + N * width wide, 50 + 27 * E high. row:
-    what a row is, a letter."""
+def heat_map(x, y, name, idea, words, G, width=37, letter="E"):
+    """G (N, E) with tokens from left to right, its name on the base line y; 28 + N * width wide, 50 + 27 * E high.
+    letter: what a row is."""
     left, top, height = x + 28, y + 50, 27
     parts = [text(x, y, name, "name"), text(x, y + 20, idea, "soft")]
     parts += [text(left + width * (n + 0.5), top - 8, word, "middle") for n, word in enumerate(words)]
     lines = [f"M{left} {top + height * e}h{width * len(G)}" for e in range(G.shape[1] + 1)]
     lines += [f"M{left + width * n} {top}v{height * G.shape[1]}" for n in range(len(G) + 1)]
-    for e, weights in enumerate(G.T.tolist()):
-        parts.append(text(x, top + height * (e + 0.5) + 5, f"{row}{e}", "soft"))
-        for n, g in enumerate(weights):
+    for e, row in enumerate(G.T.tolist()):
+        parts.append(text(x, top + height * (e + 0.5) + 5, f"{letter}{e}", "soft"))
+        for n, g in enumerate(row):
             if g:
                 at = left + width * n, top + height * e
                 parts.append(box(*at, width, height, "heat", f' fill-opacity="{0.12 + 0.88 * min(g, 1):.2f}"'))
@@ -306,24 +306,31 @@ def take(folder):
     if run.cfg.objective != "gpt" or not run.model.gates():
         raise ValueError(f"{folder} is not a run with --objective=gpt and more than one expert")
     gates, corpus, seen = run.model.gates(), run.objective.corpus, []
-    split, names = corpus.held_out()[0], corpus.names()
+    names = corpus.names()
     counts = torch.zeros(len(gates), gates[0].E * len(names) * corpus.V, dtype=torch.long)
     hooks = [g.register_forward_hook(lambda gate, inputs, routing: seen.append(routing.G.cpu())) for g in gates]
-    with train.evaluating(run.model):
-        for batch in run.objective.held_out(split):
-            filler = (batch["y"] < 0).flatten()  # rows that make the last batch whole
-            ids, domain = batch["x"].flatten(), batch["domain"].flatten()
-            (batch,) = batches.micro_batches(batch, 1, run.mesh)
-            train.task_loss(run.model, batch)
-            for layer, G in zip(counts, seen):
-                token, expert = G.masked_fill(filler[:, None], 0).nonzero(as_tuple=True)
-                where = (expert * len(names) + domain[token]) * corpus.V + ids[token]
-                layer += torch.bincount(where, minlength=len(layer))
-            seen.clear()
+    for batch in read_held_out(run):
+        filler = (batch["y"] < 0).flatten()  # rows that make the last batch whole
+        ids, domain = batch["x"].flatten(), batch["domain"].flatten()
+        for layer, G in zip(counts, seen):
+            token, expert = G.masked_fill(filler[:, None], 0).nonzero(as_tuple=True)
+            where = (expert * len(names) + domain[token]) * corpus.V + ids[token]
+            layer += torch.bincount(where, minlength=len(layer))
+        seen.clear()
     for hook in hooks:
         hook.remove()
     name, decode = f"{run.cfg.gate}, after {run.first} steps", lambda i: corpus.tok.decode([i])
     return [Taken(name, layer.view(gates[0].E, len(names), corpus.V), names, decode) for layer in counts]
+
+
+def read_held_out(run, most=0):
+    """The batches of the first held-out split (at most `most` of them, if given), each after the model has read it: by
+    then hooks have seen it. No gradients until the last one is taken."""
+    with train.evaluating(run.model):
+        for batch in run.objective.held_out(run.objective.corpus.held_out()[0], most):
+            (on_device,) = batches.micro_batches(batch, 1, run.mesh)
+            train.task_loss(run.model, on_device)
+            yield batch
 
 
 def characteristic(counts, least=50, most=5):
@@ -458,7 +465,7 @@ def draw_heads(path, folders):
         apart = (weights[words.index("+1")] - weights[words.index("-1")]).abs().max()
         found = f"left and right neighbour: at most {apart:.2f} apart"
         shown = weights.where(weights > 0.005, 0)
-        parts += heat_map(10 + 350 * i, 138, name, found, words, shown, 34, row="H")
+        parts += heat_map(10 + 350 * i, 138, name, found, words, shown, 34, letter="H")
     caption = (
         "The first layer of RoBERTas: a row is a head, a column is how far to the left or right of a",
         "masked position, a cell is the head's weight there, mean over the masks of held-out text.",
@@ -473,23 +480,18 @@ def look(folder, reach=4):
     run = train.set_up(dict(out_dir=folder, eval_only=True))
     if run.cfg.objective != "roberta":
         raise ValueError(f"{folder} is not a run with --objective=roberta")
-    attn, seen = run.model.stack.blocks[0].attn, []
-    offsets = torch.arange(-reach, reach + 1, device=run.mesh.device)
+    attn, seen, offsets = run.model.stack.blocks[0].attn, [], torch.arange(-reach, reach + 1)
     hook = attn.register_forward_pre_hook(lambda attn, inputs: seen.append(inputs[0]))
+    split = lambda t: t.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, heads, T, D / heads)
     total, n = torch.zeros(2 * reach + 1, attn.heads), 0
-    with train.evaluating(run.model):
-        for batch in run.objective.held_out(run.objective.corpus.held_out()[0], 8):
-            (batch,) = batches.micro_batches(batch, 1, run.mesh)
-            train.task_loss(run.model, batch)
-            x = seen.pop()  # (B, T, D)
-            split = lambda t: t.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
-            q, k = split(attn.q(x)), split(attn.kv(x).chunk(2, dim=-1)[0])
-            weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # (B, heads, T, T)
-            masks = (batch["x"] == run.model.mask_id)[:, reach:-reach]
-            b, t = masks.nonzero(as_tuple=True)
-            b, t = b[:, None], t[:, None] + reach
-            total += weights[b, :, t, t + offsets].sum(0).cpu()
-            n += len(b)
+    for batch in read_held_out(run, most=8):
+        x = seen.pop()  # (B, T, D)
+        q, k = split(attn.q(x)), split(attn.kv(x).chunk(2, dim=-1)[0])
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).cpu()  # (B, heads, T, T)
+        b, t = (batch["x"] == run.model.mask_id)[:, reach:-reach].nonzero(as_tuple=True)
+        b, t = b[:, None], t[:, None] + reach
+        total += weights[b, :, t, t + offsets].sum(0)  # (2 * reach + 1, heads)
+        n += len(b)
     hook.remove()
     gate = run.cfg.gate if run.model.gates() else "dense"
     return f"{gate}, after {run.first} steps", total / n
