@@ -689,8 +689,8 @@ def fault(state):
             return f"its {name} is empty or of a wrong type"
     if state["step"] < 0 or type(state.get("n_domains", 1)) is not int or state.get("n_domains", 1) < 1:
         return "its step or its number of domains is wrong"
-    if not isinstance(state.get("vocabulary") or "", str):
-        return "its vocabulary is of a wrong type"
+    if not isinstance(state.get("vocabulary") or "", str) or not isinstance(state.get("teacher", {}), dict):
+        return "its vocabulary or its teacher is of a wrong type"
     parts = state.get("parts", [])
     if not isinstance(parts, list) or not all(isinstance(name, str) for name in parts):
         return "its domains are of a wrong type"

@@ -36,8 +36,10 @@ Decisions (the paper's body and code leave these open):
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """
 
+import functools
 import math
 import os
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -428,9 +430,10 @@ def load_weights(model, weights, mesh):
 # Distillation from the dense teacher
 
 
-def load_teacher(cfg, build, mesh, vocabulary):
+def load_teacher(cfg, build, mesh, vocabulary, before):
     """The dense model that a distilled one follows, from the run that the config names; build: train.build_model for a
-    number of experts; vocabulary: the corpus's fingerprint. ValueError if the two cannot be compared."""
+    number of experts; vocabulary: the corpus's fingerprint; before: {folder: checksum} of the teacher that a resumed run
+    had, or {}. ValueError if the two cannot be compared, or if the weights in the folder are others by now."""
     cfg.teacher = cfg.teacher or cfg.init_from  # the config goes into the checkpoints: a resumed run finds it there
     fields, state = trained(cfg.teacher, mesh, "teacher")
     teacher = build(1).eval().requires_grad_(False)
@@ -442,7 +445,17 @@ def load_teacher(cfg, build, mesh, vocabulary):
     if state.get("vocabulary") not in (None, vocabulary):
         raise ValueError(f"--teacher={cfg.teacher} has another vocabulary than --dataset={cfg.dataset}")
     load_weights(teacher, state["model"], mesh)
+    if before.get(cfg.teacher) not in (None, checksum(teacher)):
+        raise ValueError(
+            f"{cfg.teacher} has other weights than the teacher that this run has followed so far: put those back, or go "
+            "on with another --teacher (a copy of the folder will do) or without one, --distill=0"
+        )
     return teacher
+
+
+def checksum(model):
+    """A number that tells whether a model's weights are what they were, on any device."""
+    return functools.reduce(lambda crc, p: zlib.crc32(p.detach().cpu().numpy(), crc), model.parameters(), 0)
 
 
 @contextmanager

@@ -381,6 +381,8 @@ def save(run, step):
     corpus = run.objective.corpus
     more = dict(vocabulary=corpus.tok.fingerprint(), n_domains=run.n_domains, parts=run.objective.parts("train"))
     more["config"] = dataclasses.asdict(run.cfg)
+    if run.teacher:
+        more["teacher"] = {run.cfg.teacher: evomoe.checksum(run.teacher)}
     dist.save_checkpoint(run.cfg.out_dir, step, run.model, run.optimizer, run.mesh, **more)
 
 
@@ -463,7 +465,8 @@ def set_up(given):
     mesh.on_main(lambda: prepare_missing(cfg.dataset))
     run = mesh.on_all(lambda: assemble(cfg, state, mesh))
     if cfg.distill and not only_looks:
-        run.teacher = evomoe.load_teacher(cfg, run.build, mesh, run.objective.corpus.tok.fingerprint())
+        vocabulary, before = run.objective.corpus.tok.fingerprint(), state.get("teacher", {})
+        run.teacher = evomoe.load_teacher(cfg, run.build, mesh, vocabulary, before)
     return run
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import os
+import shutil
 import types
 
 import pytest
@@ -537,9 +538,25 @@ def test_a_teacher_of_another_kind_is_refused(corpus, tmp_path):
     run = dist.find(tmp_path / "student")[1]
     cfg = train.configure({}, run["config"])
     with pytest.raises(ValueError, match="has another vocabulary than"):
-        evomoe.load_teacher(cfg, lambda n: types.SimpleNamespace(eval=lambda: Teacher()), dist.Mesh(), "another")
+        evomoe.load_teacher(cfg, lambda n: types.SimpleNamespace(eval=lambda: Teacher()), dist.Mesh(), "another", {})
     train.main([f"--out_dir={tmp_path / 'student'}", "--init_from=resume", "--distill=0", "--max_steps=3"])
     assert "mse" not in [e for e in runs.log(tmp_path / "student") if "loss" in e][-1]  # goes on without the teacher
+
+
+def test_a_resumed_student_has_the_teacher_it_had(corpus, tmp_path):
+    """A teacher that was trained on, or whose newest checkpoint went bad, would go on as another one in silence."""
+    small, out = dict(objective="roberta", max_steps=2), tmp_path / "student"
+    train_on(corpus, tmp_path / "teacher", n_experts=1, **small)
+    train_on(corpus, out, distill=1.0, gate="hash", teacher=tmp_path / "teacher", n_experts=2, **small)
+    again = dict(out_dir=str(out), init_from="resume")
+    assert train.set_up(dict(again)).teacher
+    train_on(corpus, tmp_path / "teacher", n_experts=1, **{**small, "max_steps": 3}, init_from="resume")
+    with pytest.raises(ValueError, match="teacher has other weights than .*--distill=0"):
+        train.set_up(dict(again))
+    shutil.copytree(tmp_path / "teacher", tmp_path / "newer")
+    assert train.set_up(dict(again, teacher=str(tmp_path / "newer"))).teacher
+    os.remove(tmp_path / "teacher" / "ckpt_000003.pt")
+    assert train.set_up(dict(again)).teacher
 
 
 class Teacher:
