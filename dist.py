@@ -1,7 +1,7 @@
 """
 Expert parallelism: the only file that talks to other ranks (a gate is told through router.Place what it may know
-about them). `torchrun train.py` equals one process, up to the order of additions, and to dropout, which each rank draws
-for itself.
+about them). `torchrun train.py` on W ranks equals one process with --groups=W, up to the order of additions, to
+dropout, which each rank draws for itself, and to what depends on nodes.
 
     world = data parallel x expert parallel, for 8 ranks and ep = 4, two ranks a node:
 
@@ -497,7 +497,7 @@ def exchange(x, c, mesh):
 
 
 def to_owner(x, sizes, mesh):
-    """Rows to the ranks that own their experts: by (target rank, its expert) = by global expert
+    """Rows to the ranks that own their experts, the field's "dispatch": by (target rank, its expert) = by global expert
     -> by (source, my expert) -> by (my expert, source)."""
     return swap(exchange(x, sizes.sum(2), mesh), sizes[:, mesh.ep_rank])
 

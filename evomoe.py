@@ -159,7 +159,7 @@ def grow(old, old_optimizer, new, new_optimizer, cfg, scores=None):
     for --spawn=importance. No communication: every rank has the first expert and makes its own children.
     """
     ancestors = dict(old.named_parameters())
-    heirs = {}  # name in new -> for each child a function from a tensor of the ancestor's to the child's
+    of_moments = {}  # name in new -> for each child: a moment of the ancestor's weight (1, ...) -> the child's (...)
     moes = [(name, m) for name, m in new.named_modules() if isinstance(m, MoE)]
     with torch.no_grad():
         for nth, (name, moe) in enumerate(moes):
@@ -171,30 +171,30 @@ def grow(old, old_optimizer, new, new_optimizer, cfg, scores=None):
                 moe.shared.w2.zero_()  # it has no ancestor: silent at first, so that the function is the one before
             for weight in born[0]:
                 moe.experts.get_parameter(weight).copy_(torch.stack([child[weight].value for child in born]))
-                heirs[f"{name}.experts.{weight}"] = [child[weight].heir for child in born]
+                of_moments[f"{name}.experts.{weight}"] = [child[weight].of_moment for child in born]
         for name, p in new.named_parameters():
             ancestor = ancestors.get(name.replace(".ffn.experts.", ".ffn."))
             if ancestor is None:
                 continue  # a gate, or a shared expert
-            if name not in heirs:
+            if name not in of_moments:
                 p.copy_(ancestor)
             moments = old_optimizer.state.get(ancestor, {}) if old_optimizer else {}
             if moments:
-                new_optimizer.state[p] = {key: inherit(t, ancestor, heirs.get(name)) for key, t in moments.items()}
+                new_optimizer.state[p] = {key: inherit(t, ancestor, of_moments.get(name)) for key, t in moments.items()}
 
 
-def inherit(moment, ancestor, heirs=None):
-    """An optimizer's tensor of the ancestor's -> the descendant's; heirs: one function per child, None: no children."""
-    if heirs is None or moment.shape != ancestor.shape:  # the step count has another shape
+def inherit(moment, ancestor, of_moments=None):
+    """An optimizer's tensor of the ancestor's -> the descendant's; of_moments: one function per child, or None."""
+    if of_moments is None or moment.shape != ancestor.shape:  # the step count has another shape
         return moment.clone()
-    return torch.stack([heir(moment) for heir in heirs])
+    return torch.stack([of_moment(moment) for of_moment in of_moments])
 
 
 class Child(NamedTuple):
     """One weight of a new expert, and how a moment of the ancestor's weight becomes the child's."""
 
     value: torch.Tensor
-    heir: Callable[[torch.Tensor], torch.Tensor]
+    of_moment: Callable[[torch.Tensor], torch.Tensor]
 
 
 def offspring(e0, nth, e, cfg, neurons=None):
@@ -208,15 +208,15 @@ def offspring(e0, nth, e, cfg, neurons=None):
     rng = torch.Generator().manual_seed(expert_seed(cfg.seed, nth, e))
     born = {}
     for name, p in e0.named_parameters():  # w1 (1, H, D), w2 (1, H, D), b1 (1, H), b2 (1, D)
-        heir, noise = (lambda t: t[0].clone()), 0.0
+        of_moment, noise = (lambda t: t[0].clone()), 0.0
         if cfg.spawn == "importance" and name != "b2":
-            heir = lambda t: t[0].index_select(0, neurons[e])
+            of_moment = lambda t: t[0].index_select(0, neurons[e])
         elif cfg.spawn == "mask" and p.dim() == 3:
             keep = (torch.rand(p.shape[1:], generator=rng) >= cfg.spawn_ratio).to(p.device)
-            heir = lambda t, keep=keep: t[0] * keep
+            of_moment = lambda t, keep=keep: t[0] * keep
         elif cfg.spawn == "noise" and p.dim() == 3:
             noise = cfg.spawn_ratio * p.std() * torch.randn(p.shape[1:], generator=rng).to(p.device)
-        born[name] = Child(heir(p) + noise, heir)
+        born[name] = Child(of_moment(p) + noise, of_moment)
     return born
 
 
@@ -477,7 +477,7 @@ def watch(model):
 
 
 def distillation(student, teacher, n_positions, n_targets):
-    """How far a student is from its teacher (MoEBERT, eqs. 5 to 7): (mse, kl), this rank's share of the global values.
+    """How far a student is from its teacher (MoEBERT, eqs. 5 to 7), this rank's share of the global values:
 
         mse = sum over layers (embeddings included) of the mean squared difference
         kl  = mean over targets of 1/2 [KL(p || q) + KL(q || p)] = 1/2 sum_v (p - q) (log p - log q)
@@ -488,4 +488,4 @@ def distillation(student, teacher, n_positions, n_targets):
     for s, t in zip(student[:-1], teacher[:-1]):
         mse = mse + (s.float() - t.float()).square().mean(-1).sum() / n_positions  # of (B, T)
     p, q = student[-1].float().log_softmax(-1), teacher[-1].float().log_softmax(-1)  # (M, V)
-    return torch.stack([mse, 0.5 * ((p.exp() - q.exp()) * (p - q)).sum() / n_targets])
+    return {"mse": mse, "kl": 0.5 * ((p.exp() - q.exp()) * (p - q)).sum() / n_targets}

@@ -120,16 +120,16 @@ def grouped_mm(rows, w, counts):
 def drop(G, capacity, priority=None):
     """Capacity as a map from G to G: each expert keeps `capacity` rows, the rest of its column becomes exactly 0.
 
-    G (N, E); capacity an int or (E,) tensor; priority (N, E), higher is kept first, None = arrival order, that is
-    token order, which is causal for any k: a token's slot depends on earlier tokens only. What is left of a row is not
-    renormalised; a row that loses all its entries gives y = 0, and the block's residual carries its token on.
+    G (N, E); capacity an int, an (E,) or an (N, E) tensor; priority (N, E), higher is kept first, None = arrival order,
+    that is token order, which is causal for any k: a token's slot depends on earlier tokens only. What is left of a row
+    is not renormalised; a row that loses all its entries gives y = 0, and the block's residual carries its token on.
     """
     expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert, tokens in order
     order, position, _ = queue(expert, None if priority is None else priority[token, expert], G.shape[1])
     expert, token = expert[order], token[order]
-    capacity = torch.as_tensor(capacity, device=G.device).expand(G.shape[1])
+    capacity = torch.as_tensor(capacity, device=G.device).expand_as(G)
     over = torch.zeros_like(G, dtype=torch.bool)
-    over[token, expert] = position >= capacity[expert]
+    over[token, expert] = position >= capacity[token, expert]
     return G.masked_fill(over, 0)
 
 
@@ -159,7 +159,7 @@ def near_experts(mesh, E, nodes):
     """(nodes, E) bool: which experts live on a node, for the ranks there. Four ranks, two a node, E = 4: with ep = 4
     each rank has one expert, near are [[1, 1, 0, 0], [0, 0, 1, 1]]; with ep = 2 each node has a copy of all four, and
     all are near. The ranks of a node agree on it if ep divides ranks_per_node or is a multiple of it (feed_forward
-    refuses others). One process that plays several nodes deals the experts out evenly."""
+    refuses others with a locality loss). One process that plays several nodes deals the experts out evenly."""
     e, node = torch.arange(E), torch.arange(nodes)[:, None]
     if mesh.world == 1:
         return e * nodes // E == node
@@ -232,8 +232,9 @@ class MoE(nn.Module):
         return y, dict(routing.aux)
 
     def place_of(self, x, live, index, domain):
-        """x (n, D), live (n,) bool or None, index (N,) of the live rows or None, domain (N,) or None -> Place: where
-        the live rows stand in the global batch, of which rank r holds rows r * n to (r + 1) * n, padding included."""
+        """What the gate may know of the live rows among x (n, D): their numbers in the global batch (rank r holds r * n
+        to (r + 1) * n, padding counted), groups, domain, node. live (n,) or None; index (N,) of the live rows or None;
+        domain (N,) or None."""
         mesh, n, device = self.mesh, len(x), x.device
         rows = index
         if mesh.world > 1:
@@ -258,20 +259,16 @@ class MoE(nn.Module):
         if priority is None:
             priority = drop_priority(self.drop_order, G, place)
         if torch.is_tensor(capacity):
-            capacity = capacity.expand(len(G), -1)  # (N, E), equal rows in each group
+            capacity = capacity.expand_as(G)  # so that it is cut into groups like G
 
         def drop_group(G, priority, slots):
-            if slots is None:
-                slots = min(fair_slots(factor, self.gate.k * len(G), self.gate.E), len(G))
-            elif torch.is_tensor(slots):
-                slots = slots[:1].sum(0)  # (E,), also for a group without rows
-            return drop(G, slots, priority)
+            return drop(G, fair_slots(factor, self.gate.k * len(G), self.gate.E) if slots is None else slots, priority)
 
         return place.per_group(drop_group, G, priority, capacity)
 
     def dispatch(self, x, G):
-        """x (N, D), G (N, E) -> y (N, D), computed from exactly the rows where G is not zero; and, for stats, what was
-        sent: kept (E,) rows of each expert, the table of to_experts, the bytes of a row."""
+        """Dispatch, experts, combine: x (N, D), G (N, E) -> y (N, D), from exactly the rows where G is not zero; and, for
+        stats, what was sent: kept (E,) rows of each expert, the table of to_experts, the bytes of a row."""
         N, E = G.shape
         expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert; the sync
         counts = (G != 0).sum(0)  # (E,); bincount would synchronise

@@ -115,7 +115,7 @@ class Model(nn.Module):
     """What the three models share: embeddings, initialisation, the output head, what the log wants to know.
 
     V: vocabulary size. Each model also takes ffn(layer, is_moe, std), which makes the feed-forward part of a layer: see
-    experts.feed_forward, which is also the default (one process). It knows nothing else of experts, gates and ranks.
+    experts.feed_forward, which is also the default (one process).
     """
 
     def __init__(self, cfg, V):

@@ -71,14 +71,14 @@ class Gate(nn.Module):
     """Base of all gates: gate(x (N, D), ids (N,), place) -> Routing, by the subclass's forward(x, ids).
 
     looks_ahead   may a row of G depend on later tokens? "never"; "training" (balanced assignment); "always", also at
-                  evaluation (expert choice). train.py says so or refuses
+                  evaluation (expert choice). experts.check_causality says so or refuses
     drop_order    who keeps a slot when an expert is full: "arrival", "choice" (all first choices before any second),
                   "score" or "random"; experts.drop_priority explains
     drops_itself  is G within the gate's own capacity already? Then the layer does not look for an overflow
     diversify     share of the run that it wants to begin with one expert per layer, see evomoe.py
     k             experts per token on which capacity is based: C = ceil(factor * k * N / E)
     loss_weights  {aux name: weight in the loss}; an entry of aux without a weight is only logged
-    place         where the rows stand in the global batch, see Place; on one process there is nothing to know
+    place         where the rows stand in the global batch, see Place
 
     What changes over a run follows from the step alone: set_step fills it in, so a resumed run has the same. What
     forward reads of it is held in 0-dim buffers: a compiled forward reads a tensor instead of being compiled anew for
@@ -126,18 +126,17 @@ class Gate(nn.Module):
 class Place:
     """Where the N rows of a call stand in the global batch; all that a gate may know beyond x and ids.
 
-    On one process a gate sees the whole batch and all of this is trivial. With several, each rank routes its own rows:
+    On one process a gate sees the whole batch, and most of this is trivial. With several, each rank routes its own rows:
     statistics that a paper takes over "the batch" go through mean(), noise through rand(), and assignments that couple
     tokens (balanced assignment, expert choice, capacity) through per_group(): one group per rank, as in GShard.
 
     The global batch is what all ranks hold in this call: with --grad_accum a micro-batch of it. Sums over a whole step
     are collected until Gate.update.
 
-    n        rows of this call; rows (n,) their global numbers (None: 0..n-1); total: rows in the global batch, padding
-             included
-    sizes    lengths of the routing groups, consecutive runs of rows; sum(sizes) == n. "Group" alone always means these
-    domain   (n,) long, the document's domain (or language), or None
-    node     (n,) long, the node a row lives on; near (nodes, E) bool, the experts that live on each node
+    n        N; rows (N,) their global numbers (None: 0..N-1); total: rows in the global batch, padding included
+    sizes    lengths of the routing groups, consecutive runs of rows; sum(sizes) == N. "Group" alone always means these
+    domain   (N,) long, the document's domain (or language), or None
+    node     (N,) long, the node a row lives on; near (nodes, E) bool, the experts that live on each node
     mesh     dist.Mesh, or None for one process
     """
 
@@ -279,6 +278,19 @@ def fair_slots(factor, rows, E):
     """Slots of an expert: factor times its fair share of the rows, rounded up, at least one and at most all. 1.1 * 100
     / 10 is a hair above 11 in floating point, and 11 are meant."""
     return max(math.ceil(min(factor * rows / E, rows) - 1e-6), min(1, rows))
+
+
+def queue(expert, key, E):
+    """The queue in front of each expert, highest key first, equal keys (or key None: all) in the order given. expert
+    (M,) numbers, key (M,) -> order (M,), rows expert by expert; position (M,) of those rows in their expert's queue,
+    from 0; load (E,)."""
+    order = expert.argsort(stable=True)
+    if key is not None:
+        order = key.argsort(descending=True, stable=True)
+        order = order[expert[order].argsort(stable=True)]
+    load = expert.new_zeros(E).scatter_add(0, expert, torch.ones_like(expert))
+    position = torch.arange(len(expert), device=expert.device) - (load.cumsum(0) - load)[expert[order]]
+    return order, position, load
 
 
 def balance_loss(p, chosen, place):
@@ -502,9 +514,9 @@ class DeepSeekV3(Gate):
     b takes part in the choice only: no gradient reaches it and it never enters a weight. For k = 1 the weight is s
     itself: divided by its sum it would be 1, without a gradient. expert_groups > 1 limits where a token may go: experts
     form equal groups (nodes), a group's score is the sum of its two largest s + b, and the best keep_groups compete.
-    gamma becomes 0 after the share `anneal` of the run (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8 groups,
-    route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden). expert_groups, keep_groups and
-    route_scale have the defaults of their code.
+    gamma becomes 0 after the share `anneal` of the mixture's steps (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8 groups,
+    route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden). expert_groups, keep_groups
+    (their n_expert_groups, n_limited_groups) and route_scale have the defaults of their code.
 
     rule=quantile takes no step size (Jianlin Su, kexue.fm/archives/11619, 2026; used by Kimi K3): b_e moves so that,
     with the other biases as they are, expert e's s + b would exceed the (k+1)-th largest s + b of k N / E tokens.
@@ -968,12 +980,12 @@ class StableMoE(Gate):
         s = x W^T
         stage 1   a_n = argmax_e s[n, e],              y_n = sigmoid(s[n, a_n]) FFN_a(x_n)
                   balance = mean_n (load_a / mean load - 1) sigmoid(s[n, a_n])                       weight 0.3
-                  distill = mean_n -log softmax(words[id_n] What^T)[a_n]                             weight 1
-        stage 2   a_n = argmax_e (words[id_n] What^T)_e, the same y (W and the experts go on learning), no losses
+                  distill = mean_n -log softmax(words[id_n] W_hat^T)[a_n]                             weight 1
+        stage 2   a_n = argmax_e (words[id_n] W_hat^T)_e, the same y (W and the experts go on learning), no losses
 
-    stage1: share of the run spent in stage 1; dim: width of the distilled router's embedding. Evaluation takes the
+    stage1: share of the mixture's steps spent in stage 1; dim: width of the distilled router's embedding. Evaluation takes the
     distilled router in stage 1 too (as the authors' code and paper do). Stage 2 is really frozen: set_step takes
-    requires_grad and .grad from `words` and `What`. A zero gradient would not do: Adam's moments move a parameter on,
+    requires_grad and .grad from `words` and `W_hat`. A zero gradient would not do: Adam's moments move a parameter on,
     by about ten learning rates until they have died away. The authors leave it at zero gradients, and their README
     distils with weight 0.3; we follow the paper. "agreement" is logged: how often both routers agree.
 
@@ -986,7 +998,7 @@ class StableMoE(Gate):
         refuse_unless("stablemoe", stage1=(stage1, 0 <= stage1 <= 1, "from 0 to 1"), dim=(dim, dim > 0, "at least 1"))
         self.weight = nn.Parameter(orthogonal(E, D))
         self.words = nn.Parameter(torch.randn(V, dim))
-        self.what = nn.Parameter(orthogonal(E, dim))
+        self.w_hat = nn.Parameter(orthogonal(E, dim))
         self.stage1_steps = round(stage1 * steps)
         self.register_buffer("stage", torch.tensor(1))
         self.loss_weights = {"balance": balance, "distill": distill}
@@ -997,13 +1009,13 @@ class StableMoE(Gate):
 
     def set_step(self, step):
         self.stage.fill_(1 if step < self.stage1_steps else 2)
-        for p in (self.words, self.what):
+        for p in (self.words, self.w_hat):
             p.requires_grad_(step < self.stage1_steps)
             p.grad = p.grad if p.requires_grad else None
 
     def forward(self, x, ids):
         s = linear(x, self.weight)
-        distilled = linear(self.words[ids], self.what)
+        distilled = linear(self.words[ids], self.w_hat)
         learned, known = s.argmax(1), distilled.argmax(1)
         stage1 = self.training and bool(self.stage == 1)
         a = learned if stage1 else known
@@ -1344,12 +1356,12 @@ class Permuted(nn.Module):
         search      P = Sinkhorn(L / tau), L (E, E) learned with everything else; evaluation uses a hard P
         after it    P a permutation, frozen; no cost but a reordering of columns
 
-    --permute=SHARE wraps any gate in it: same k, drop order, losses, calls. `search` is the share of the run; the
+    --permute=SHARE wraps any gate in it: same k, drop order, losses, calls. `search` is the share of the mixture's steps; the
     authors search 1 to 10 of 100 epochs. During the search every expert sees every token: use no capacity. Afterwards L
     leaves training as StableMoE's table does. Extra loss "permutation" = H(P) + H(P / row sums), weight zeta. Like the
     authors one P for all trees and no Gumbel noise. Rows of G keep their sums. log10 tau falls from -1.3 to -3,
     iterations grow from 20 to 150, rows are normalised last, the hard P is the best assignment of L
-    (`best_permutation`). schedule="official" is the authors': log10 tau -3 to -7, columns last, the best assignment of
+    (`best_permutation`). schedule="official" (from Python only) is the authors': log10 tau -3 to -7, columns last, the best assignment of
     the soft P (but they do not restore the row sums of DSelect-k). It hardly beats chance where the order matters;
     tests/RESULTS.md compares the two, and says when neither helps.
 
@@ -1599,19 +1611,6 @@ def locmoe_capacity(delta, D, E):
     """
     p, power = cap_probability(delta, D), (D - 1) * delta**2 / (2 - delta**2)
     return 2 / (E * p) if p else math.inf, 2 / E * math.exp(power) if power < 700 else math.inf
-
-
-def queue(expert, key, E):
-    """The queue in front of each expert, highest key first, equal keys (or key None: all) in the order given. expert
-    (M,) numbers, key (M,) -> order (M,), rows expert by expert; position (M,) of those rows in their expert's queue,
-    from 0; load (E,)."""
-    order = expert.argsort(stable=True)
-    if key is not None:
-        order = key.argsort(descending=True, stable=True)
-        order = order[expert[order].argsort(stable=True)]
-    load = expert.new_zeros(E).scatter_add(0, expert, torch.ones_like(expert))
-    position = torch.arange(len(expert), device=expert.device) - (load.cumsum(0) - load)[expert[order]]
-    return order, position, load
 
 
 def shortest_paths(cost):

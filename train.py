@@ -114,9 +114,9 @@ class Config:
     sample: str = flag("", "a prompt for the newest checkpoint, then leave")
     sample_tokens: int = flag(120, "how much to sample", 0)
     temperature: float = flag(0.8, "of sampling; 0 is greedy", 0)
-    top_k: int = flag(50, "sample from the k likeliest tokens; 0: all", 0)
+    top_k: int = flag(50, "sample from so many likeliest tokens; 0: all (experts per token: --k)", 0)
 
-    device: str = flag("", 'cpu, cuda, cuda:1, mps (not tried); "": a GPU if there is one', heading="The machine")
+    device: str = flag("", 'cpu; not tried: cuda, cuda:1, mps; "": a GPU if there is one', heading="The machine")
     dtype: str = flag("", 'float32, bfloat16; "": bfloat16 on a GPU that can', one_of=("", "float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile everything but the dispatch")
     ep: int = flag(0, "expert-parallel processes; 0: as many as divide both the processes and the experts", 0)
@@ -186,7 +186,7 @@ def train_step(run, net, batch):
     n_targets = max(1, int((batch["y"] >= 0).sum()))  # of the global batch
     weights, task, logged = run.model.loss_weights(), torch.zeros((), device=mesh.device), {}
     for micro in batches.micro_batches(batch, cfg.grad_accum, mesh):
-        with run.autocast, evomoe.watch(run.model if run.teacher else None) as seen:
+        with run.autocast, evomoe.watch(run.model if run.teacher else None) as seen:  # seen: for distill alone
             out = task_loss(net, micro, cfg.label_smoothing)
         loss, aux = out.smoothed.sum() / n_targets, out.aux
         if run.teacher:
@@ -196,7 +196,7 @@ def train_step(run, net, batch):
         if "log_prob" in aux:
             term = score_function_term(aux.pop("log_prob"), out.nll, out.pick, cfg.batch_size // cfg.grad_accum, mesh)
             loss = loss + weights["log_prob"] * term / cfg.grad_accum
-        for name, value in aux.items():  # the value is global, the gradient this rank's share (Place.sum)
+        for name, value in aux.items():  # a mean over all ranks' micro-batch; the gradient is this rank's share
             loss = loss + weights.get(name, 0) * value / cfg.grad_accum
             logged[name] = logged.get(name, 0) + value.detach() / cfg.grad_accum
         loss.backward()
@@ -217,7 +217,7 @@ def distill(run, seen, micro, n_targets):
     n_positions = run.cfg.batch_size * micro["x"].shape[1]
     with torch.no_grad(), run.autocast, evomoe.watch(run.teacher) as target:
         task_loss(run.teacher, micro)
-    return dict(zip(("mse", "kl"), evomoe.distillation(seen, target, n_positions, n_targets)))
+    return evomoe.distillation(seen, target, n_positions, n_targets)
 
 
 @contextmanager
@@ -390,18 +390,13 @@ def save(run, step):
 # Setting up: what a run begins with is a config and a state, the dict of a checkpoint or the part of it that there is
 
 
-def afresh(given, mesh):
-    """-> (Config, {}): flags and defaults, and no state."""
-    return configure(given), {}
-
-
 def resumed(given, mesh):
     """-> (Config, state) of the newest checkpoint in out_dir. Flags win over its config, but not where they would
     change the model."""
     out_dir = configure(given).out_dir
     path, state = dist.newest(out_dir, mesh, lambda config: configure({}, config))
-    began = () if given.get("init_from") == "resume" else ("init_from",)  # --eval_only with a run's own flags
-    evomoe.agree(given, state["config"], path, "--out_dir", began)
+    resumes = given.get("init_from") == "resume"  # or --eval_only, --sample, with the run's own flags
+    evomoe.agree(given, state["config"], path, "--out_dir", () if resumes else ("init_from",))
     of_this_start = "eval_only sample device timeout".split()
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
     layout = dict(ep=0, ranks_per_node=0, two_level=False)
@@ -411,8 +406,8 @@ def resumed(given, mesh):
         dist.check_layout(mesh.world, old["n_experts"], **layout)
     except ValueError:  # made for another number of processes
         kept = {name: value for name, value in old.items() if name not in layout}
-    given = {**given, "out_dir": out_dir}  # where it was found, not where it was written
-    resumes = given.pop("init_from", "") == "resume"  # the config goes on telling what the whole run began with
+    # init_from goes on telling what the whole run began with; out_dir is where it was found, not where it was written
+    given = {name: value for name, value in given.items() if name != "init_from"} | {"out_dir": out_dir}
     if given.get("distill") == 0:
         kept["teacher"] = old["teacher"] = ""
     cfg = configure(given, kept)
@@ -457,8 +452,10 @@ def set_up(given):
         given["init_from"] = "resume"
     if only_looks or given.get("init_from") == "resume":
         cfg, state = resumed(given, mesh)
+    elif evomoe.starts_trained(cfg):
+        cfg, state = from_trained(given, mesh)
     else:
-        cfg, state = (from_trained if evomoe.starts_trained(cfg) else afresh)(given, mesh)
+        state = {}
     evomoe.check(cfg, state)
     batches.check(cfg, mesh.world)
     mesh = dist.spread_experts(mesh, cfg.n_experts, cfg.ep, cfg.two_level, cfg.timeout, cfg.ranks_per_node)

@@ -1,8 +1,8 @@
 """
 From files to batches.
 
-A batch is a dict of (B, ...) tensors: y holds the targets, -1 where there is nothing to predict; every other key is an
-argument of the model's forward. An objective (data/objectives.py) makes the whole global batch of a step from
+A batch is a dict of (B, ...) tensors: x, and y with the targets, -1 where there is nothing to predict; every key but y
+is an argument of the model's forward. An objective (data/objectives.py) makes the whole global batch of a step from
 (seed, step), on every process alike, out of the parts below: that costs little, the data order does not depend on the
 number of processes, a resumed run needs no state, and the number of targets is known everywhere without asking
 anybody. micro_batches then takes a process's rows.

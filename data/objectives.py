@@ -62,7 +62,7 @@ class Objective:
         return self.batch("train", batches.random_starts(self.corpus, self.cfg, rng, n_nodes), rng)
 
     def rows(self, split, most=0):
-        """What a held-out split consists of (`most` rows of it; 0: all); `batch` takes such rows."""
+        """What a held-out split consists of (`most` rows of it; 0: all), a list; `batch` takes such rows."""
         return batches.eval_starts(self.corpus, split, self.cfg.block_size, most)
 
     def held_out(self, split, n=0):

@@ -1328,7 +1328,7 @@ def descend(gate, optimizer, steps, x, ids):
 
 def test_stablemoe_stages():
     gate, (x, ids) = stable(), data()
-    content, known = (x @ gate.weight.T).argmax(1), (gate.words[ids] @ gate.what.T).argmax(1)
+    content, known = (x @ gate.weight.T).argmax(1), (gate.words[ids] @ gate.w_hat.T).argmax(1)
     assert not torch.equal(content, known)
     chosen = {}
     for step in (0, 9, 10, 99):
@@ -1375,13 +1375,13 @@ def test_stablemoe_distillation_touches_only_the_distilled_router():
     x.requires_grad_()
     r = gate(x, ids)
     content = (x @ gate.weight.T).argmax(1)
-    logp = (gate.words[ids] @ gate.what.T).log_softmax(1)
+    logp = (gate.words[ids] @ gate.w_hat.T).log_softmax(1)
     assert float(r.aux["distill"].detach()) == pytest.approx(
         -float(logp.gather(1, content[:, None]).mean().detach()), rel=1e-5
     )
     r.aux["distill"].backward()
     assert x.grad is None and gate.weight.grad is None
-    assert gate.words.grad.abs().max() > 0 and gate.what.grad.abs().max() > 0
+    assert gate.words.grad.abs().max() > 0 and gate.w_hat.grad.abs().max() > 0
 
 
 def test_stablemoe_learns_then_freezes():
@@ -1394,13 +1394,13 @@ def test_stablemoe_learns_then_freezes():
     assert after > max(before, 0.8)
     gate(x, ids).aux["distill"].backward()
     gate.set_step(10)
-    assert gate.words.grad is None and gate.what.grad is None  # a gradient left over from stage 1 is gone
+    assert gate.words.grad is None and gate.w_hat.grad is None  # a gradient left over from stage 1 is gone
     gate.set_step(9)
-    frozen, weight = (gate.words.clone(), gate.what.clone()), gate.weight.clone()
+    frozen, weight = (gate.words.clone(), gate.w_hat.clone()), gate.weight.clone()
     chosen = gate.eval()(x, ids).G > 0
     gate.train()
     descend(gate, optimizer, range(10, 100), x, ids)
-    assert torch.equal(gate.words, frozen[0]) and torch.equal(gate.what, frozen[1])
+    assert torch.equal(gate.words, frozen[0]) and torch.equal(gate.w_hat, frozen[1])
     assert gate.words.grad is None and not gate.words.requires_grad and not torch.equal(gate.weight, weight)
     assert torch.equal(gate(x, ids).G > 0, chosen)  # the routing too
 

@@ -144,7 +144,7 @@ def test_one_step_with_a_teacher_by_hand(corpora, tmp_path, accum):
     with evomoe.watch(twin) as student, evomoe.watch(run.teacher) as teacher:
         loss = F.cross_entropy(twin(x, pick=pick)[0], batch["y"][pick])
         run.teacher(x, pick=pick)
-    mse, kl = evomoe.distillation(student, teacher, x.numel(), int(pick.sum()))
+    mse, kl = evomoe.distillation(student, teacher, x.numel(), int(pick.sum())).values()
     (loss + 3 * mse + 3 * kl).backward()
     run.optimizer.step = lambda: seen.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
     _, told, _ = train.train_step(run, run.model.train(), batch)
