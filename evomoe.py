@@ -432,8 +432,8 @@ def load_weights(model, weights, mesh):
 
 def load_teacher(cfg, build, mesh, vocabulary, before):
     """The dense model that a distilled one follows, from the run that the config names; build: train.build_model for a
-    number of experts; vocabulary: the corpus's fingerprint; before: {folder: checksum} of the teacher that a resumed run
-    had, or {}. ValueError if the two cannot be compared, or if the weights in the folder are others by now."""
+    number of experts; vocabulary: the corpus's fingerprint; before: {folder: checksum} of a resumed run's teacher, or
+    {}. ValueError if the two cannot be compared, or if the weights in the folder are others by now."""
     cfg.teacher = cfg.teacher or cfg.init_from  # the config goes into the checkpoints: a resumed run finds it there
     fields, state = trained(cfg.teacher, mesh, "teacher")
     teacher = build(1).eval().requires_grad_(False)
@@ -447,8 +447,8 @@ def load_teacher(cfg, build, mesh, vocabulary, before):
     load_weights(teacher, state["model"], mesh)
     if before.get(cfg.teacher) not in (None, checksum(teacher)):
         raise ValueError(
-            f"{cfg.teacher} has other weights than the teacher that this run has followed so far: put those back, or go "
-            "on with another --teacher (a copy of the folder will do) or without one, --distill=0"
+            f"{cfg.teacher} has other weights than the teacher that this run has followed so far: put those back, or "
+            "go on with another --teacher (a copy of the folder will do) or without one, --distill=0"
         )
     return teacher
 

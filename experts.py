@@ -267,8 +267,8 @@ class MoE(nn.Module):
         return place.per_group(drop_group, G, priority, capacity)
 
     def dispatch(self, x, G):
-        """Dispatch, experts, combine: x (N, D), G (N, E) -> y (N, D), from exactly the rows where G is not zero; and, for
-        stats, what was sent: kept (E,) rows of each expert, the table of to_experts, the bytes of a row."""
+        """Dispatch, experts, combine: x (N, D), G (N, E) -> y (N, D), from exactly the rows where G is not zero; and,
+        for stats, what was sent: kept (E,) rows of each expert, the table of to_experts, the bytes of a row."""
         N, E = G.shape
         expert, token = G.t().nonzero(as_tuple=True)  # (M,) expert by expert; the sync
         counts = (G != 0).sum(0)  # (E,); bincount would synchronise

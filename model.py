@@ -359,8 +359,8 @@ class Translator(Model):
 
         Beam search with K = beams; 1 is greedy. A finished hypothesis keeps its place in the beam with a frozen score,
         so that short and long ones compete; a sentence is done when its best one is finished and no other can overtake
-        it. Ids above eot (mask, pad, bos) are never written. Collective: every rank has the same number of rows, and all
-        stop together."""
+        it. Ids above eot (mask, pad, bos) are never written. Collective: every rank has the same number of rows, and
+        all stop together."""
         B, K, V, limit = len(src), beams, eot + 1, max_tokens or self.cfg.block_size
         scale = lambda length: ((5 + length) / 6) ** length_penalty
         memory, live, _ = self.encode(src)

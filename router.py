@@ -126,9 +126,9 @@ class Gate(nn.Module):
 class Place:
     """Where the N rows of a call stand in the global batch; all that a gate may know beyond x and ids.
 
-    On one process a gate sees the whole batch, and most of this is trivial. With several, each rank routes its own rows:
-    statistics that a paper takes over "the batch" go through mean(), noise through rand(), and assignments that couple
-    tokens (balanced assignment, expert choice, capacity) through per_group(): one group per rank, as in GShard.
+    On one process a gate sees the whole batch, and most of this is trivial. With several, each rank routes its own
+    rows: statistics that a paper takes over "the batch" go through mean(), noise through rand(), and assignments that
+    couple tokens (balanced assignment, expert choice, capacity) through per_group(): one group per rank, as in GShard.
 
     The global batch is what all ranks hold in this call: with --grad_accum a micro-batch of it. Sums over a whole step
     are collected until Gate.update.
@@ -514,8 +514,8 @@ class DeepSeekV3(Gate):
     b takes part in the choice only: no gradient reaches it and it never enters a weight. For k = 1 the weight is s
     itself: divided by its sum it would be 1, without a gradient. expert_groups > 1 limits where a token may go: experts
     form equal groups (nodes), a group's score is the sum of its two largest s + b, and the best keep_groups compete.
-    gamma becomes 0 after the share `anneal` of the mixture's steps (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8 groups,
-    route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden). expert_groups, keep_groups
+    gamma becomes 0 after the share `anneal` of the mixture's steps (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8
+    groups, route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden). expert_groups, keep_groups
     (their n_expert_groups, n_limited_groups) and route_scale have the defaults of their code.
 
     rule=quantile takes no step size (Jianlin Su, kexue.fm/archives/11619, 2026; used by Kimi K3): b_e moves so that,
@@ -983,11 +983,11 @@ class StableMoE(Gate):
                   distill = mean_n -log softmax(words[id_n] W_hat^T)[a_n]                             weight 1
         stage 2   a_n = argmax_e (words[id_n] W_hat^T)_e, the same y (W and the experts go on learning), no losses
 
-    stage1: share of the mixture's steps spent in stage 1; dim: width of the distilled router's embedding. Evaluation takes the
-    distilled router in stage 1 too (as the authors' code and paper do). Stage 2 is really frozen: set_step takes
-    requires_grad and .grad from `words` and `W_hat`. A zero gradient would not do: Adam's moments move a parameter on,
-    by about ten learning rates until they have died away. The authors leave it at zero gradients, and their README
-    distils with weight 0.3; we follow the paper. "agreement" is logged: how often both routers agree.
+    stage1: share of the mixture's steps spent in stage 1; dim: width of the distilled router's embedding. Evaluation
+    takes the distilled router in stage 1 too (as the authors' code and paper do). Stage 2 is really frozen: set_step
+    takes requires_grad and .grad from `words` and `w_hat`. A zero gradient would not do: Adam's moments move a
+    parameter on, by about ten learning rates until they have died away. The authors leave it at zero gradients, and
+    their README distils with weight 0.3; we follow the paper. "agreement" is logged: how often both routers agree.
 
     Reads: content in stage 1, then the token id. Balanced by: the loss, of counts without gradient, in stage 1. Looks
     ahead: never.
@@ -1356,25 +1356,22 @@ class Permuted(nn.Module):
         search      P = Sinkhorn(L / tau), L (E, E) learned with everything else; evaluation uses a hard P
         after it    P a permutation, frozen; no cost but a reordering of columns
 
-    --permute=SHARE wraps any gate in it: same k, drop order, losses, calls. `search` is the share of the mixture's steps; the
-    authors search 1 to 10 of 100 epochs. During the search every expert sees every token: use no capacity. Afterwards L
-    leaves training as StableMoE's table does. Extra loss "permutation" = H(P) + H(P / row sums), weight zeta. Like the
-    authors one P for all trees and no Gumbel noise. Rows of G keep their sums. log10 tau falls from -1.3 to -3,
-    iterations grow from 20 to 150, rows are normalised last, the hard P is the best assignment of L
-    (`best_permutation`). schedule="official" (from Python only) is the authors': log10 tau -3 to -7, columns last, the best assignment of
-    the soft P (but they do not restore the row sums of DSelect-k). It hardly beats chance where the order matters;
-    tests/RESULTS.md compares the two, and says when neither helps.
+    --permute=SHARE wraps any gate in it: same k, drop order, losses, calls. `search` is the share of the mixture's
+    steps; the authors search 1 to 10 of 100 epochs. During the search every expert sees every token: use no capacity.
+    Afterwards L leaves training as StableMoE's table does. Extra loss "permutation" = H(P) + H(P / row sums), weight
+    zeta. Like the authors one P for all trees and no Gumbel noise. Rows of G keep their sums. log10 tau falls from -1.3
+    to -3, iterations grow from 20 to 150, rows are normalised last, the hard P is the best assignment of L
+    (`best_permutation`). schedule="official" (from Python only) is the authors': log10 tau -3 to -7, columns last, the
+    best assignment of the soft P (but they do not restore the row sums of DSelect-k). It hardly beats chance where the
+    order matters; tests/RESULTS.md compares the two, and says when neither helps.
 
     Reads, balanced by, looks ahead: as the gate inside.
     """
 
     def __init__(self, gate, steps=1, search=0.05, schedule="corrected", zeta=1e-4):
         super().__init__()
-        refuse_unless(
-            "permuted",
-            schedule=(schedule, schedule in ("corrected", "official"), "corrected or official"),
-            search=(search, 0 < search < 1, "between 0 and 1"),
-        )
+        if schedule not in ("corrected", "official") or not 0 < search < 1:
+            raise ValueError(f"schedule={schedule} must be corrected or official, search={search} between 0 and 1")
         self.gate, self.D, self.E = gate, gate.D, gate.E
         self.looks_ahead, self.drop_order, self.drops_itself = gate.looks_ahead, gate.drop_order, gate.drops_itself
         self.window, self.official, self.zeta = max(1, round(search * steps)), schedule == "official", zeta

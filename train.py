@@ -287,7 +287,7 @@ class Run:
                 dist.silence(sys.stdout)
 
     def compiled(self):
-        """The model as the loop calls it. Distillation watches through hooks, which compilation would miss; the dispatch
+        """The model as the loop calls it. Distillation watches through hooks, which compilation would miss; dispatch
         has another number of rows at each call (as a decorator there, disable would load the compiler always, 2 s)."""
         if not self.cfg.compile or self.cfg.distill:
             return self.model
