@@ -2425,6 +2425,18 @@ def test_best_assignment_is_optimal():
         assert S[i, z].sum().item() == pytest.approx(S[i, Z].sum(1).max().item(), abs=1e-6)
 
 
+def test_infinite_scores_do_not_hang_the_matching():
+    """An overflowing router ends in the loop's own message; until then every token has an expert with a slot."""
+    inf = math.inf
+    for S in ([[0, -inf], [0, -1], [0, 0]], [[inf, 0], [0, inf], [0, 0]], [[math.nan, 3e38], [-3e38, 0], [0, 0]]):
+        z, dist = best_assignment(torch.tensor(S), 2)
+        assert z.bincount(minlength=2).max() <= 2 and dist.isfinite().all()
+    assert best_assignment(torch.tensor([[0, -inf], [0, -1], [0, 0]]), 2)[0].tolist() == [0, 0, 1]
+    gate = router.GumbelMatching(8, 2)
+    gate.weight.data = torch.tensor([[0.0] * 8, [-2.0] * 8])
+    assert gate(torch.full((4, 8), 3e38), torch.zeros(4).long()).G.shape == (4, 2)
+
+
 @pytest.mark.parametrize("n, E, c", [(1024, 8, 128), (1023, 7, 147), (400, 5, 100)])
 def test_best_assignment_of_many_tokens_has_no_improving_cycle(n, E, c):
     torch.manual_seed(0)
