@@ -37,12 +37,14 @@ Letters: D model width, E experts, M rows (a token sent to k experts is k rows),
 """
 
 import ctypes
+import functools
 import os
 import re
 import signal
 import sys
 import time
 import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -384,10 +386,11 @@ class OwnError(ValueError):
 
 def speaks_for(error):
     """Should this process print an error? Rank 0 prints what all have alike, each rank what is its own. Before they
-    have met, what a node's processes have alike (flags, GPUs) may be wrong on that node only: its first one prints."""
+    have met, what torchrun gave a node's processes alike (flags, GPUs) may be wrong on that node only: its first one
+    prints. Processes that somebody started one by one may each have flags of their own: all print."""
     met = td.is_initialized()
     own = isinstance(error, OwnError) or met and not isinstance(error, EverybodysError)
-    alone = not met and "WORLD_SIZE" not in os.environ
+    alone = not met and not {"WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"} <= os.environ.keys()
     return own or alone or os.environ.get("RANK" if met else "LOCAL_RANK", "0") == "0"
 
 
@@ -443,6 +446,8 @@ def one_line(error):
     if isinstance(error, MemoryError) or re.search("allocate memory|out of memory|bad_alloc", text):
         reason = re.sub(r"^\[enforce fail .*?\] err == 0\. ", "", text)[:200] or "MemoryError"
         return f"not enough memory ({reason}): lower --batch_size, raise --grad_accum, or take a smaller model"
+    if "C++ compiler" in text:
+        return "--compile needs a C++ compiler, like g++: install one, or leave the flag out"
     if not (isinstance(error, td.DistError) or re.search(r"(?i)gloo|nccl|process ?group|by peer|tcpstore", text)):
         return None
     again = "continue with --init_from=resume"
@@ -649,7 +654,7 @@ def save(path, state):
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0]
         raise OSError(
-            f"cannot save {path}: {reason}. Earlier checkpoints are untouched; mend it and "
+            f"cannot save {path}: {reason}. Earlier checkpoints, if there are any, are untouched; mend it and "
             "continue with --init_from=resume"
         ) from None
 
@@ -666,6 +671,11 @@ def load(path):
     except Exception as error:  # a damaged file can make its reader raise anything
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged: {reason}") from None
+
+
+def checksum(tensors):
+    """A number that tells whether tensors hold what others hold, or what they held, on any device."""
+    return functools.reduce(lambda crc, t: zlib.crc32(t.detach().cpu().contiguous().numpy(), crc), tensors, 0)
 
 
 def checkpoints(folder):
@@ -718,12 +728,12 @@ def fault(state):
 def load_usable(path, check=lambda config: None):
     """load, and ValueError also for an intact file that is no checkpoint of ours, or whose config `check` refuses."""
     state = load(path)
-    if reason := fault(state):
-        raise ValueError(f"{path} is not usable: {reason}")
     try:
+        if reason := fault(state):
+            raise ValueError(reason)
         check(state["config"])
-    except ValueError as error:
-        raise ValueError(f"{path} is not usable: {error}") from None
+    except Exception as error:  # of what a file may hold nobody knows all
+        raise ValueError(f"{path} is not usable: {str(error).splitlines()[0]}") from None
     return state
 
 
@@ -759,9 +769,9 @@ def newest(folder, mesh, check=lambda config: None):
     return path, mesh.on_all(lambda: found[1] if mesh.main else load_usable(path))
 
 
-def prune(folder, keep=2, written=None):
+def prune(folder, keep=2, written=None, check=lambda config: None):
     """Delete what is older than the newest `keep` usable checkpoints, but never the one just written. One that is not
-    usable counts for nothing: it must not push a good one out."""
+    usable counts for nothing: it must not push a good one out. check: see find."""
     paths, good = checkpoints(folder), 0
     if len(paths) <= keep:  # none can go: do not read them
         return
@@ -772,7 +782,7 @@ def prune(folder, keep=2, written=None):
             continue
         try:
             if path != written:  # that one was whole a moment ago
-                load_usable(path)
+                load_usable(path, check)
             good += 1
         except (OSError, ValueError) as error:
             warn(f"{error}; an older one is kept for it")
@@ -787,8 +797,9 @@ def diverged(what, step, folder):
     return EverybodysError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
 
 
-def save_checkpoint(folder, step, model, optimizer, mesh, **more):
-    """folder/ckpt_STEP.pt: full_state, step, launch and `more` (train.py's config), the last two are kept. Collective.
+def save_checkpoint(folder, step, model, optimizer, mesh, check=lambda config: None, **more):
+    """folder/ckpt_STEP.pt: full_state, step, launch and `more` (train.py's config), the last two are kept (check: see
+    find). Collective.
 
     This is all the state there is: weights, gates' buffers, AdamW's moments and counts. Batches, dropout and noise
     follow from (seed, step), schedules from the step, and what a gate adds up between two updates is zero after the
@@ -806,7 +817,7 @@ def save_checkpoint(folder, step, model, optimizer, mesh, **more):
 
     def write():
         save(path, state)
-        prune(folder, keep=2, written=path)
+        prune(folder, keep=2, written=path, check=check)
 
     mesh.on_main(write)
 

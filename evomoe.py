@@ -36,10 +36,8 @@ Decisions (the paper's body and code leave these open):
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.
 """
 
-import functools
 import math
 import os
-import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -283,14 +281,15 @@ def whole(where, objective, mesh):
     """A model to fine-tune, trained for `objective`: like `trained`, but all of it, a mixture with its gates."""
     path, state = dist.newest(where, mesh)
     config = state["config"]
-    if config["objective"] != objective:
+    if config.get("objective") != objective:
         raise ValueError(
-            f"--init_from={where}: {path} is a model for {config['objective']}; fine-tuning needs a run "
+            f"--init_from={where}: {path} is a model for {config.get('objective')}; fine-tuning needs a run "
             f"of --objective={objective}"
         )
     names = {*MODEL_FIELDS, "capacity_factor", "drop_order", "seed"} - {"objective"}
     fields = {name: value for name, value in config.items() if name in names}
-    fields["n_experts"] = 1 if is_dense(state) else fields["n_experts"]
+    if is_dense(state):
+        fields["n_experts"] = 1
     return fields, {name: state[name] for name in ("model", "n_domains", "vocabulary") if name in state}
 
 
@@ -312,8 +311,8 @@ def trained(where, mesh, flag="init_from"):
         path, state = dist.newest(where, mesh)
         if not is_dense(state):
             raise ValueError(f"{path} holds a mixture already: --{flag} takes a dense run (--n_experts=1)")
-        fields = {n: state["config"][n] for n in ("dataset", *DENSE_FIELDS)}
-        return fields, {n: state[n] for n in ("model", "vocabulary")}
+        fields = {n: state["config"][n] for n in ("dataset", *DENSE_FIELDS) if n in state["config"]}
+        return fields, {n: state[n] for n in ("model", "vocabulary") if n in state}
     return mesh.on_all(lambda: load_gpt2(where, flag))
 
 
@@ -445,17 +444,12 @@ def load_teacher(cfg, build, mesh, vocabulary, before):
     if state.get("vocabulary") not in (None, vocabulary):
         raise ValueError(f"--teacher={cfg.teacher} has another vocabulary than --dataset={cfg.dataset}")
     load_weights(teacher, state["model"], mesh)
-    if before.get(cfg.teacher) not in (None, checksum(teacher)):
+    if before.get(os.path.normpath(cfg.teacher)) not in (None, dist.checksum(teacher.parameters())):
         raise ValueError(
             f"{cfg.teacher} has other weights than the teacher that this run has followed so far: put those back, or "
             "go on with another --teacher (a copy of the folder will do) or without one, --distill=0"
         )
     return teacher
-
-
-def checksum(model):
-    """A number that tells whether a model's weights are what they were, on any device."""
-    return functools.reduce(lambda crc, p: zlib.crc32(p.detach().cpu().numpy(), crc), model.parameters(), 0)
 
 
 @contextmanager

@@ -212,13 +212,13 @@ def make_gate(name, args="", k=0, **offered):
     knobs = {p: v.default for p, v in parameters.items() if p not in offered and not (k and p == "k")}
     for pair in filter(None, args.replace(" ", "").split(",")):
         key, _, text = pair.partition("=")
+        if key in kwargs and key not in offered:
+            raise ValueError(f"--gate_args={args}: {key} is given twice")
         if key not in knobs:
             raise ValueError(
                 f"--gate_args={args}: {name} has no knob {key!r}{closest(key, knobs)}; it has: "
                 f"{', '.join(knobs) or 'none'}"
             )
-        if key in kwargs:
-            raise ValueError(f"--gate_args={args}: {key} is given twice")
         kwargs[key] = read_knob(key, text, knobs[key])
     gate = gates()[name](**kwargs)
     for loss, weight in gate.loss_weights.items():
@@ -1724,14 +1724,15 @@ def example(name, step=0):
 
 def show():
     """Print G of every gate for the tokens of `example`, transposed: a column is a token, a dot is "not sent"."""
-    print("G^T       " + "".join(f"{word:>6}" for word in example("soft")[0]))
+    lines = ["G^T       " + "".join(f"{word:>6}" for word in example("soft")[0])]
     for name, gate in gates().items():
         for step in (0, 4, 99) if name == "dts" else (0,):
             G = example(name, step)[1]
             idea, when = " ".join((gate.__doc__ or "").split()), f" at step {step} of 100" if name == "dts" else ""
-            print(f"\n{name}{when}: {re.split(r'[(.]', idea)[0].rstrip(':, ')}")
+            lines.append(f"\n{name}{when}: {re.split(r'[(.]', idea)[0].rstrip(':, ')}")
             for e, column in enumerate(G.T.tolist()):
-                print(f"  expert {e}" + "".join(f"{g:6.2f}" if g else "     ." for g in column))
+                lines.append(f"  expert {e}" + "".join(f"{g:6.2f}" if g else "     ." for g in column))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

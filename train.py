@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on the CPU: a step is 15 % faster
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what fails arrives as an exception, too; INFO: C++ tells all
 import torch
 import torch.nn.functional as F
 
@@ -86,7 +87,7 @@ class Config:
     diversify: float = flag(-1.0, "share of the run with one expert; -1: the gate's own", -1, 0.99, heading="EvoMoE")
     spawn: str = flag("mask", "how experts come from the first: mask, noise, copy, importance", one_of=evomoe.SPAWNS)
     spawn_ratio: float = flag(0.3, "mask: share of zeros; noise: relative std; importance: share common to all", 0, 1)
-    distill: float = flag(0.0, "weight of the distillation from a dense teacher, 1 to 5; 0: none", 0)
+    distill: float = flag(0.0, "weight of the distillation from a dense teacher, 1 to 5; 0: none", 0, 1000)
     teacher: str = flag("", 'out_dir of the teacher\'s run; "": the one in init_from')
 
     batch_size: int = flag(16, "sequences per step over all processes", 1, 2**20, heading="Optimisation")
@@ -96,7 +97,9 @@ class Config:
     min_lr: float = flag(0.1, "final learning rate as a share of the peak", 0, 1)
     schedule: str = flag("cosine", "cosine or inverse_sqrt (Vaswani's)", one_of=("cosine", "inverse_sqrt"))
     warmup: int = flag(200, "steps until the peak, at most half the run; with 50 or 100 the early loss is luck", 0)
-    weight_decay: float = flag(0.1, "on matrices outside the gates; not on biases, gains, embeddings of positions", 0)
+    weight_decay: float = flag(
+        0.1, "on matrices outside the gates; not on biases, gains, embeddings of positions", 0, 100
+    )
     beta2: float = flag(0.98, "AdamW's; 0.95 to 0.999", 0, 0.999999)
     grad_clip: float = flag(1.0, "global gradient norm; 0: no clipping", 0)
     label_smoothing: float = flag(0.0, "0.1 is usual for translation; the reported loss is without it", 0, 0.99)
@@ -300,7 +303,7 @@ def train(run):
     """A whole run: what to expect, the loop, the last words."""
     say_what_to_expect(run)
     clock = Clock(run.first, run.cfg.max_steps)
-    with Log(run.cfg.out_dir, run.mesh, run.first if run.resumed else None) as log:
+    with Log(run.cfg.out_dir, run.mesh, run.first if run.resumed else None, possible) as log:
         if loop(run, log, clock):
             finish(run, log, clock)
 
@@ -354,7 +357,11 @@ def say_what_to_expect(run):
     val = run.objective.corpus.held_out()[0]
     if run.phases:
         run.say(run.phases)
-    run.objective.train_batch(run.first, run.mesh.n_nodes)
+    batch = run.objective.train_batch(run.first, run.mesh.n_nodes)
+    if len(set(run.mesh.from_all(dist.checksum(batch.values())))) > 1:
+        raise dist.EverybodysError(
+            f"--dataset={run.cfg.dataset} holds other data for some processes: prepare it once and copy it to all nodes"
+        )
     evaluate(run, val, 1)  # a mistake of an objective should not show after the last step
     run.say(run.objective.to_beat(val))
     if run.first == run.cfg.max_steps:
@@ -382,8 +389,8 @@ def save(run, step):
     more = dict(vocabulary=corpus.tok.fingerprint(), n_domains=run.n_domains, parts=run.objective.parts("train"))
     more["config"] = dataclasses.asdict(run.cfg)
     if run.teacher:
-        more["teacher"] = {run.cfg.teacher: evomoe.checksum(run.teacher)}
-    dist.save_checkpoint(run.cfg.out_dir, step, run.model, run.optimizer, run.mesh, **more)
+        more["teacher"] = {os.path.normpath(run.cfg.teacher): dist.checksum(run.teacher.parameters())}
+    dist.save_checkpoint(run.cfg.out_dir, step, run.model, run.optimizer, run.mesh, possible, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,7 +401,7 @@ def resumed(given, mesh):
     """-> (Config, state) of the newest checkpoint in out_dir. Flags win over its config, but not where they would
     change the model."""
     out_dir = configure(given).out_dir
-    path, state = dist.newest(out_dir, mesh, lambda config: configure({}, config))
+    path, state = dist.newest(out_dir, mesh, possible)
     resumes = given.get("init_from") == "resume"  # or --eval_only, --sample, with the run's own flags
     evomoe.agree(given, state["config"], path, "--out_dir", () if resumes else ("init_from",))
     of_this_start = "eval_only sample device timeout".split()
@@ -403,7 +410,7 @@ def resumed(given, mesh):
     layout = {name: given.get(name, old.get(name, default)) for name, default in layout.items()}
     kept = old
     try:
-        dist.check_layout(mesh.world, old["n_experts"], **layout)
+        dist.check_layout(mesh.world, configure({}, old).n_experts, **layout)
     except ValueError:  # made for another number of processes
         kept = {name: value for name, value in old.items() if name not in layout}
     # init_from goes on telling what the whole run began with; out_dir is where it was found, not where it was written
@@ -447,6 +454,7 @@ def set_up(given):
     cfg = configure(given)  # the first errors come before anything is started
     dist.check_device(cfg.device)
     mesh = dist.init(cfg.ranks_per_node, cfg.timeout, cfg.device or None)
+    refuse_unless_alike(given, mesh)
     only_looks = cfg.eval_only or "sample" in given
     if not only_looks and mesh.on_main(lambda: dist.restarted(cfg.out_dir)):
         given["init_from"] = "resume"
@@ -465,6 +473,16 @@ def set_up(given):
         vocabulary, before = run.objective.corpus.tok.fingerprint(), state.get("teacher", {})
         run.teacher = evomoe.load_teacher(cfg, run.build, mesh, vocabulary, before)
     return run
+
+
+def refuse_unless_alike(given, mesh):
+    """ValueError on every rank if the ranks were not given the same flags (but for the device)."""
+    first, *others = mesh.from_all({name: value for name, value in given.items() if name != "device"})
+    for rank, flags in enumerate(others, 1):
+        for name in sorted(first.keys() | flags.keys()):
+            a, b = (f"--{name}={f[name]}" if name in f else f"no --{name}" for f in (first, flags))
+            if a != b:
+                raise dist.EverybodysError(f"process 0 has {a}, process {rank} has {b}: give all the same flags")
 
 
 def assemble(cfg, state, mesh):
@@ -545,6 +563,11 @@ def configure(given, base=None):
     return cfg
 
 
+def possible(config):
+    """ValueError for a checkpoint's config that no run can have."""
+    configure({}, config)
+
+
 def score(run, given):
     """--eval_only: all held-out splits of the corpus, whole unless eval_batches or bleu_sentences is given."""
     for split in run.objective.corpus.held_out():
@@ -560,6 +583,9 @@ def score(run, given):
 
 
 def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(help_text(__doc__, Config, {name: objective.defaults for name, objective in OBJECTIVES.items()}))
+        return
     given = parse(argv, Config)
     dist.keep_memory()
     run = dist.alike(lambda: set_up(given))
@@ -578,7 +604,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(help_text(__doc__, Config, {name: objective.defaults for name, objective in OBJECTIVES.items()}))
-    else:
-        dist.program(main, sys.argv[1:])
+    dist.program(main, sys.argv[1:])

@@ -59,7 +59,10 @@ class Corpus:
         p = self.splits[split]
         fit = np.flatnonzero(np.maximum(np.diff(p.src_idx), np.diff(p.tgt_idx)) <= T)
         if not len(fit):
-            raise ValueError(f"{self.folder}: every pair of the {split} split is longer than block_size={T} tokens")
+            raise ValueError(
+                f"{self.folder}: every pair of the {split} split is longer than block_size={T} tokens: raise "
+                "--block_size"
+            )
         return fit
 
     @functools.cache
@@ -170,7 +173,9 @@ def bucketed_pairs(corpus, batch_size, block_size, seed, epoch):
     p, fit = corpus.splits["train"], corpus.pairs("train", block_size)
     n = len(fit) // batch_size
     if not n:
-        raise ValueError(f"{corpus.folder} has {len(fit)} training pairs, less than one batch of {batch_size}")
+        raise ValueError(
+            f"{corpus.folder} has {len(fit)} training pairs, less than one batch of {batch_size}: lower --batch_size"
+        )
     rng = np.random.default_rng([seed, epoch])
     order = fit[rng.permutation(len(fit))[: n * batch_size]]
     length = np.diff(p.src_idx)[order] + np.diff(p.tgt_idx)[order]

@@ -76,5 +76,7 @@ if __name__ == "__main__":
         refs, hyps = (open(path, encoding="utf-8").read() for path in sys.argv[1:])
         lines = [text.removesuffix("\n").split("\n") for text in (hyps, refs)]
         print(f"BLEU = {corpus_bleu(*lines):.2f}")
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        sys.exit(f"error: cannot use {e.filename or 'stdout'} ({e.strerror}): name two text files")
+    except ValueError as e:
         sys.exit(f"error: {e}")

@@ -104,11 +104,13 @@ def run(main, file, doc, **flags):
     try:
         given = parse(sys.argv[1:], Settings)
         check(given, Settings)
+        if given.get("out_dir") == "":
+            raise ValueError("--out_dir= is empty: name a folder")
         main(Settings(**given))
     except (OSError, ValueError) as e:
         text = " ".join(str(e).split())
         if isinstance(e, OSError) and e.strerror:  # nobody has said more about it than the system
-            text = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or name another --out_dir=FOLDER"
+            text = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or name another folder"
         sys.exit(f"error: {text}")
     except KeyboardInterrupt:
         sys.exit("interrupted: run it again")

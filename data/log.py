@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from data import files
 from dist import checkpoints, load_usable
@@ -69,11 +69,11 @@ def minutes(seconds):
 
 class Log:
     """folder/log.jsonl, written by rank 0: one JSON object a line. The folder is locked while it is open, and a run
-    resumed at `step` (None: a fresh one) cuts off what its checkpoint does not know of. ValueError if the folder is
-    another run's, OSError if it cannot be written to."""
+    resumed at `step` (None: a fresh one) cuts off what its checkpoint does not know of. check: see dist.find.
+    ValueError if the folder is another run's, OSError if it cannot be written to."""
 
-    def __init__(self, folder, mesh, step):
-        self.folder, self.main, self.step = folder, mesh.main, step
+    def __init__(self, folder, mesh, step, check=lambda config: None):
+        self.folder, self.main, self.step, self.check = folder, mesh.main, step, check
         self.path = os.path.join(folder, "log.jsonl")
         self.lock = mesh.on_all(lambda: lock(folder) if mesh.main else None)
         self.identity = mesh.main and identity(folder)
@@ -82,7 +82,7 @@ class Log:
     def begin(self):
         lines, old = [], checkpoints(self.folder)
         for path in old:
-            if self.step is not None and int(path.stem[5:]) > self.step and step_of(path) > self.step:
+            if self.step is not None and int(path.stem[5:]) > self.step and step_of(path, self.check) > self.step:
                 raise ValueError(f"another run has just written {path}: start again to continue from there")
         if self.step is None and old:
             raise ValueError(
@@ -116,10 +116,14 @@ class Log:
                     f"{self.folder} was moved or replaced while this run wrote to it: go on "
                     "with --init_from=resume and the --out_dir where it is now"
                 )
+            whole = None
             try:
                 with open(self.path, "a") as f:
+                    whole = f.tell()
                     f.write(json.dumps(entry) + "\n")
             except OSError as e:
+                with suppress(OSError):  # a full disk took a part of the line
+                    os.truncate(self.path, whole)
                 raise OSError(
                     f"cannot write {self.path}: {e.strerror}. Mend it and start again, with "
                     "--init_from=resume if there is a checkpoint"
@@ -142,10 +146,10 @@ def identity(folder):
         return None
 
 
-def step_of(path):
+def step_of(path, check):
     """The step of a checkpoint, -1 if it is not usable."""
     try:
-        return load_usable(path)["step"]
+        return load_usable(path, check)["step"]
     except (OSError, ValueError):
         return -1
 

@@ -664,6 +664,7 @@ PEERS = {  # environment or number of processes, fault, flags, {rank: words of i
     "RANK=2 of 2": (ALONE | {"RANK": "2"}, nothing, [], {0: "RANK=2 must be below WORLD_SIZE=2"}),
     "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, nothing, [], {0: "start with torchrun"}),
     "flags of the second node": (ALONE | {"LOCAL_RANK": "0"}, nothing, ["--device=cuda:99"], {0: "--device=cuda:99"}),
+    "flags of one process": (ALONE, nothing, ["--n_layer=0"], {0: "--n_layer=0"}),
     "--batch_size=8192": (1, little_memory, ["--batch_size=8192", "--n_embd=256"], {0: "lower --batch_size"}),
     "--n_experts=16384": (1, little_memory, ["--n_experts=16384", "--n_embd=64"], {0: "smaller model"}),
     "--n_embd=65536": (1, little_memory, ["--n_embd=65536"], {0: "smaller model"}),

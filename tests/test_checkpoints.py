@@ -305,6 +305,10 @@ def foreign(kind):
             "a weight of a wrong type": {"model": {"w": 3}},
             "a weight in whole numbers": {"model": {"w": STATE["model"]["w"].int()}},
             "moments in whole numbers": {"optimizer": {"w": moments["w"] | {"exp_avg": STATE["model"]["w"].int()}}},
+            "a weight of eight bits": {
+                "model": {"w": STATE["model"]["w"].to(torch.float8_e4m3fn)},
+                "optimizer": {"w": {}},
+            },
             "no domain": {"n_domains": 0},
             "a vocabulary of a wrong type": {"vocabulary": 3},
             "a teacher of a wrong type": {"teacher": 3},
@@ -328,6 +332,7 @@ UNUSABLE = [
     "a weight of a wrong type",
     "a weight in whole numbers",
     "moments in whole numbers",
+    "a weight of eight bits",
     "no domain",
     "a teacher of a wrong type",
     "a vocabulary of a wrong type",
@@ -384,6 +389,8 @@ def test_a_config_that_no_run_can_have_is_passed_over(tmp_path):
 
     warned = []
     assert dist.find(tmp_path, warned.append, check)[1]["step"] == 10 and "ckpt_20.pt is not usable: 20" in warned[0]
+    dist.prune(tmp_path, keep=1, check=check)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_10.pt", "ckpt_20.pt"]
     (tmp_path / "ckpt_10.pt").unlink()
     with pytest.raises(ValueError, match="none of the 1 checkpoints in .* is usable: .*20 layers"):
         dist.newest(tmp_path, Mesh(), check)

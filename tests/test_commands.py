@@ -5,7 +5,9 @@ of the documentation. What goes wrong is said in one line, and nothing is lost b
 
 import argparse
 import base64
+import contextlib
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -276,6 +278,42 @@ def test_a_damaged_checkpoint(how, trained, tmp_path, capsys):
     assert snapshot(out) == before
 
 
+CONFIGS = {
+    "layers in words": lambda c: c | {"n_layer": "two"},
+    "an unknown gate": lambda c: c | {"gate": "nosuch"},
+    "a number too large": lambda c: c | {"capacity_factor": 10**400},
+}
+
+
+@pytest.mark.parametrize("how", CONFIGS)
+def test_a_config_that_no_run_can_have(how, trained, tmp_path, capsys):
+    """Two such files of a higher number: the run goes on from the good one, to its end, and deletes nothing usable."""
+    out = copy_of(trained, tmp_path, LAST)
+    for name in ("ckpt_000025.pt", "ckpt_000030.pt"):
+        state = dist.load(out / FIRST)
+        state["config"] = CONFIGS[how](state["config"])
+        torch.save(state, out / name)
+    train.main([f"--out_dir={out}", "--init_from=resume", "--max_steps=5"])
+    text = capsys.readouterr().out
+    assert f"loaded {out / FIRST}" in text and text.count("is not usable") >= 2
+    assert (out / FIRST).exists() and dist.load(out / "ckpt_000005.pt")["step"] == 5
+
+
+@pytest.mark.parametrize("names", [["n_experts"], ["dataset", "n_layer", "objective"]])
+def test_a_config_without_some_fields(names, corpora, tmp_path):
+    """As if from another version: they get their defaults; where those do not fit the weights, one line says so."""
+    train.main(flags(corpora, tmp_path / "dense", "--n_experts=1", "--max_steps=1"))
+    state = newest(tmp_path / "dense")
+    for name in names:
+        del state["config"][name]
+    del state["vocabulary"]
+    dist.save(tmp_path / "dense" / "ckpt_000001.pt", state)
+    train.main(flags(corpora, tmp_path / "new", f"--init_from={tmp_path / 'dense'}", "--max_steps=1"))
+    for argv in (["--init_from=resume"], ["--eval_only"]):
+        with contextlib.suppress(ValueError):
+            train.main([f"--out_dir={tmp_path / 'dense'}", f"--dataset={corpora['gpt']}", *argv])
+
+
 def test_no_checkpoint(tmp_path):
     for argv in (["--init_from=resume"], ["--eval_only"], ["--sample=x"]):
         with pytest.raises(ValueError, match=f"no checkpoint .* in {tmp_path}"):
@@ -430,6 +468,19 @@ def test_where_nobody_hears_the_run_it_saves_and_ends(corpora, trained, tmp_path
     refuse(argv, tmp_path, "stdout", before=full_stdout)
 
 
+def test_other_text_on_one_process(corpora, tmp_path):
+    """As many tokens of the same vocabulary, but not the same ones."""
+
+    def other_text():
+        if os.environ["RANK"] == "1":
+            real = LanguageModelling.batch
+            LanguageModelling.batch = lambda *args: {name: t.flip(0) for name, t in real(*args).items()}
+
+    argv = flags(corpora, tmp_path / "out")
+    refuse(argv, tmp_path, "--dataset=", "other data for some processes", world=2, before=other_text)
+    assert not list(tmp_path.glob("out/ckpt_*"))
+
+
 def test_closed_streams(corpora, tmp_path):
     def close():
         sys.stdout = sys.stderr = None
@@ -448,6 +499,23 @@ def test_a_folder_that_is_moved_away(trained, tmp_path):
                 log({"step": 8})
             out.mkdir(exist_ok=True)
     assert not list(out.iterdir())
+
+
+def test_a_full_disk_does_not_tear_the_log(tmp_path):
+    """What was written of the line that no longer fits is taken back."""
+
+    def write(folder):
+        with Log(folder, dist.Mesh(), None) as log:
+            log({"step": 1})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            with pytest.raises(OSError, match="cannot write .*File too large"):
+                log({"step": 2})
+
+    child = multiprocessing.get_context("fork").Process(target=write, args=(str(tmp_path),))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0 and (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_a_checkpoint_that_appears_between_loading_and_training(trained, tmp_path):

@@ -20,6 +20,7 @@ from torch import nn
 
 from ranks import run_ranks
 import dist
+import train
 from dist import Mesh, make_mesh
 from experts import Experts, MoE
 from router import NoisyTopK, TopK
@@ -681,6 +682,35 @@ def test_each_error_is_printed_once(monkeypatch):
     assert run_ranks(2, speakers) == [["common", "of rank 0", "own 0"], ["of rank 1", "own 1"]]
     monkeypatch.setenv("LOCAL_RANK", "1")  # left over in a shell: without WORLD_SIZE there is one process
     assert dist.speaks_for(ValueError("mine"))
+
+
+def test_processes_started_one_by_one_speak_for_themselves(monkeypatch):
+    """torchrun gives all the same flags: one tells. Somebody who starts each by hand may mistype one."""
+    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert dist.speaks_for(ValueError("--n_layer=0"))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert not dist.speaks_for(ValueError("--n_layer=0"))
+
+
+def other_flags(rank, world):
+    mesh = make_mesh(rank, world, E)
+    train.refuse_unless_alike({"seed": 3, "device": f"cuda:{rank}"}, mesh)
+    said = []
+    for given in ({"seed": 3 + rank}, {"gate": "topk"} if rank else {}):
+        try:
+            train.refuse_unless_alike(given, mesh)
+        except dist.EverybodysError as error:
+            said.append(str(error))
+    return said
+
+
+def test_ranks_with_other_flags_are_refused():
+    assert run_ranks(2, other_flags) == 2 * [[
+        "process 0 has --seed=3, process 1 has --seed=4: give all the same flags",
+        "process 0 has no --gate, process 1 has --gate=topk: give all the same flags",
+    ]]  # fmt: skip
 
 
 def test_nohup_is_respected():
