@@ -12,6 +12,7 @@ The command line of train.py and of the prepare.py scripts: the fields of a data
 
 import dataclasses
 import difflib
+import sys
 
 WORDS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -64,7 +65,7 @@ def check(values, Config):
             raise ValueError(
                 f"--{f.name}={value} is unknown{closest(value, one_of)}; choose from {', '.join(filter(None, one_of))}"
             )
-        if f.type is float and not abs(value) < 1e300:  # nor NaN
+        if f.type is float and not abs(value) <= sys.float_info.max:  # nor NaN
             raise ValueError(f"--{f.name}={value} must be a finite number")
         if least is not None and value < least or most is not None and value > most:
             allowed = f"at least {least}" if most is None else f"from {least} to {most}"
