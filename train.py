@@ -87,7 +87,7 @@ class Config:
     diversify: float = flag(-1.0, "share of the run with one expert; -1: the gate's own", -1, 0.99, heading="EvoMoE")
     spawn: str = flag("mask", "how experts come from the first: mask, noise, copy, importance", one_of=evomoe.SPAWNS)
     spawn_ratio: float = flag(0.3, "mask: share of zeros; noise: relative std; importance: share common to all", 0, 1)
-    distill: float = flag(0.0, "weight of the distillation from a dense teacher, 1 to 5; 0: none", 0, 1000)
+    distill: float = flag(0.0, "weight of the distillation from a dense teacher, 1 to 5; 0: none", 0)
     teacher: str = flag("", 'out_dir of the teacher\'s run; "": the one in init_from')
 
     batch_size: int = flag(16, "sequences per step over all processes", 1, 2**20, heading="Optimisation")
@@ -97,9 +97,7 @@ class Config:
     min_lr: float = flag(0.1, "final learning rate as a share of the peak", 0, 1)
     schedule: str = flag("cosine", "cosine or inverse_sqrt (Vaswani's)", one_of=("cosine", "inverse_sqrt"))
     warmup: int = flag(200, "steps until the peak, at most half the run; with 50 or 100 the early loss is luck", 0)
-    weight_decay: float = flag(
-        0.1, "on matrices outside the gates; not on biases, gains, embeddings of positions", 0, 100
-    )
+    weight_decay: float = flag(0.1, "on matrices outside the gates; not on biases, gains, embeddings of positions", 0)
     beta2: float = flag(0.98, "AdamW's; 0.95 to 0.999", 0, 0.999999)
     grad_clip: float = flag(1.0, "global gradient norm; 0: no clipping", 0)
     label_smoothing: float = flag(0.0, "0.1 is usual for translation; the reported loss is without it", 0, 0.99)
