@@ -264,9 +264,11 @@ def wide(x):
 
 
 def linear(x, weight, bias=None):
-    """Router logits (N, E) = x weight^T in float32, the product too (autocast would quietly run it in bf16)."""
+    """Router logits (N, E) = x weight^T in float32, the product too: autocast would quietly run it in bf16, and a model
+    that was cast to bf16 has such weights."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(full_precision(x), weight, bias)
+        bias = None if bias is None else full_precision(bias)
+        return F.linear(full_precision(x), full_precision(weight), bias)
 
 
 def scatter(idx, w, E):

@@ -226,6 +226,8 @@ def test_routing_is_finite_and_float32_also_under_bf16(name):
                 assert value.dtype == torch.float32, key
             assert r.priority is None or r.priority.shape == r.G.shape
             assert gate.looks_ahead in ("never", "training", "always")
+    r = seeded_route(gate.train().bfloat16(), x.bfloat16(), ids, domain)  # a model that was cast, weights and all
+    assert r.G.dtype == torch.float32 and r.G.isfinite().all()
 
 
 @pytest.mark.parametrize(
