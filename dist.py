@@ -732,8 +732,10 @@ def load_usable(path, check=lambda config: None):
         if reason := fault(state):
             raise ValueError(reason)
         check(state["config"])
+    except MemoryError:
+        raise
     except Exception as error:  # of what a file may hold nobody knows all
-        raise ValueError(f"{path} is not usable: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not usable: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     return state
 
 
@@ -788,11 +790,12 @@ def prune(folder, keep=2, written=None, check=lambda config: None):
             warn(f"{error}; an older one is kept for it")
 
 
-def diverged(what, step, folder):
-    """The error that ends a run whose numbers are no longer finite: diverged("the weights are", step, folder)."""
+def diverged(what, step, folder, check=lambda config: None):
+    """The error that ends a run whose numbers are no longer finite: diverged("the weights are", step, folder). check:
+    see find."""
     last = "there is no checkpoint yet"
     with suppress(ValueError):
-        if found := find(folder, warn=lambda text: None):
+        if found := find(folder, lambda text: None, check):
             last = f"the last good checkpoint is step {found[1]['step']} (--init_from=resume --out_dir={folder})"
     return EverybodysError(f"{what} not finite at step {step}; {last}; try a lower --learning_rate")
 
@@ -811,7 +814,7 @@ def save_checkpoint(folder, step, model, optimizer, mesh, check=lambda config: N
     moments = [t for values in state["optimizer"].values() for t in values.values()]
     for what, tensors in (("the weights are", state["model"].values()), ("the optimizer's moments are", moments)):
         if not all(t.isfinite().all() for t in tensors):
-            raise mesh.from_main(mesh.main and diverged(what, step, folder))
+            raise mesh.from_main(mesh.main and diverged(what, step, folder, check))
     state |= {"step": step, "launch": launch(), "tensors": count(state)} | more
     path = Path(folder) / f"ckpt_{step:06d}.pt"
 
@@ -834,15 +837,16 @@ def launch():
         return [os.getppid(), ""]
 
 
-def restarted(folder):
+def restarted(folder, check=lambda config: None):
     """True if torchrun has restarted its workers and the newest checkpoint in folder is of this same launch.
 
     When a worker dies torchrun starts all of them again, with the flags of the first start: the run is then to be
-    resumed. A checkpoint of a run before this launch is no reason for that. For rank 0: use with mesh.on_main.
+    resumed. A checkpoint of a run before this launch is no reason for that. check: see find. For rank 0: use with
+    mesh.on_main.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
-    found = find(folder)
+    found = find(folder, check=check)
     return found is not None and found[1].get("launch") == launch()
 
 

@@ -283,8 +283,8 @@ def whole(where, objective, mesh):
     config = state["config"]
     if config.get("objective") != objective:
         raise ValueError(
-            f"--init_from={where}: {path} is a model for {config.get('objective')}; fine-tuning needs a run "
-            f"of --objective={objective}"
+            f"--init_from={where}: {path} is a model for {config.get('objective', 'no known objective')}; "
+            f"fine-tuning needs a run of --objective={objective}"
         )
     names = {*MODEL_FIELDS, "capacity_factor", "drop_order", "seed"} - {"objective"}
     fields = {name: value for name, value in config.items() if name in names}
@@ -444,7 +444,10 @@ def load_teacher(cfg, build, mesh, vocabulary, before):
     if state.get("vocabulary") not in (None, vocabulary):
         raise ValueError(f"--teacher={cfg.teacher} has another vocabulary than --dataset={cfg.dataset}")
     load_weights(teacher, state["model"], mesh)
-    if before.get(os.path.normpath(cfg.teacher)) not in (None, dist.checksum(teacher.parameters())):
+    sums = mesh.from_all(dist.checksum(teacher.parameters()))
+    if len(set(sums)) > 1:
+        raise ValueError(f"--teacher={cfg.teacher} has other weights for some processes: copy it to all nodes")
+    if before.get(os.path.normpath(cfg.teacher)) not in (None, sums[0]):
         raise ValueError(
             f"{cfg.teacher} has other weights than the teacher that this run has followed so far: put those back, or "
             "go on with another --teacher (a copy of the folder will do) or without one, --distill=0"

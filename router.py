@@ -1679,7 +1679,7 @@ def best_assignment(S, c):
     underfull experts in the graph of cheapest moves: each move keeps it optimal for its loads. O(E^3 + n) per unit of
     excess, typically 1% of n. Empty slots are tokens that do not care.
     """
-    S = S.detach().nan_to_num(0).clamp(-1e30, 1e30).cpu().numpy()  # what is not finite: the loop says so, with the step
+    S = S.detach().nan_to_num(0).clamp(-1e9, 1e9).cpu().numpy()  # what is not finite: the loop says so, with the step
     (n, E), v = S.shape, near_prices(S, c)
     spare = E * c - n
     S, v = S.astype(np.float64), (v - v.min()).astype(np.float64)

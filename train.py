@@ -197,7 +197,7 @@ def train_step(run, net, batch):
         if "log_prob" in aux:
             term = score_function_term(aux.pop("log_prob"), out.nll, out.pick, cfg.batch_size // cfg.grad_accum, mesh)
             loss = loss + weights["log_prob"] * term / cfg.grad_accum
-        for name, value in aux.items():  # a mean over all ranks' micro-batch; the gradient is this rank's share
+        for name, value in aux.items():  # over all ranks' micro-batch; the gradient is this rank's share
             loss = loss + weights.get(name, 0) * value / cfg.grad_accum
             logged[name] = logged.get(name, 0) + value.detach() / cfg.grad_accum
         loss.backward()
@@ -324,7 +324,7 @@ def loop(run, log, clock):
         batch = objective.train_batch(step, mesh.n_nodes)
         task, aux, norm = train_step(run, net, batch)
         if not torch.isfinite(norm):
-            raise dist.diverged("the loss or its gradient is", step + 1, cfg.out_dir)
+            raise dist.diverged("the loss or its gradient is", step + 1, cfg.out_dir, possible)
         # 3. tell, evaluate, save
         done, last, stopping = step + 1, step + 1 == cfg.max_steps, mesh.any(bool(stop or run.unheard))
         clock.tokens += batch["x"].numel()
@@ -339,7 +339,7 @@ def loop(run, log, clock):
             clock.start_lap()
             run.say(f"step {done:5d} | {val} " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
             if not math.isfinite(result["loss"]):
-                raise dist.diverged("the held-out loss is", done, cfg.out_dir)
+                raise dist.diverged("the held-out loss is", done, cfg.out_dir, possible)
             log({"step": done, "seconds": clock.seconds()} | {f"{val}_{name}": v for name, v in result.items()})
         if last or stopping or (cfg.save_every and done % cfg.save_every == 0):
             save(run, done)
@@ -454,7 +454,7 @@ def set_up(given):
     mesh = dist.init(cfg.ranks_per_node, cfg.timeout, cfg.device or None)
     refuse_unless_alike(given, mesh)
     only_looks = cfg.eval_only or "sample" in given
-    if not only_looks and mesh.on_main(lambda: dist.restarted(cfg.out_dir)):
+    if not only_looks and mesh.on_main(lambda: dist.restarted(cfg.out_dir, possible)):
         given["init_from"] = "resume"
     if only_looks or given.get("init_from") == "resume":
         cfg, state = resumed(given, mesh)
@@ -474,7 +474,7 @@ def set_up(given):
 
 
 def refuse_unless_alike(given, mesh):
-    """ValueError on every rank if the ranks were not given the same flags (but for the device)."""
+    """ValueError on every rank if the ranks were not given the same flags. (Each may name a GPU of its own.)"""
     first, *others = mesh.from_all({name: value for name, value in given.items() if name != "device"})
     for rank, flags in enumerate(others, 1):
         for name in sorted(first.keys() | flags.keys()):

@@ -122,8 +122,9 @@ class Log:
                     whole = f.tell()
                     f.write(json.dumps(entry) + "\n")
             except OSError as e:
-                with suppress(OSError):  # a full disk took a part of the line
-                    os.truncate(self.path, whole)
+                if whole is not None:  # a full disk took a part of the line
+                    with suppress(OSError):
+                        os.truncate(self.path, whole)
                 raise OSError(
                     f"cannot write {self.path}: {e.strerror}. Mend it and start again, with "
                     "--init_from=resume if there is a checkpoint"

@@ -291,7 +291,7 @@ def test_a_config_that_no_run_can_have(how, trained, tmp_path, capsys):
     out = copy_of(trained, tmp_path, LAST)
     for name in ("ckpt_000025.pt", "ckpt_000030.pt"):
         state = dist.load(out / FIRST)
-        state["config"] = CONFIGS[how](state["config"])
+        state["config"], state["step"] = CONFIGS[how](state["config"]), int(name[5:-3])
         torch.save(state, out / name)
     train.main([f"--out_dir={out}", "--init_from=resume", "--max_steps=5"])
     text = capsys.readouterr().out
@@ -299,8 +299,8 @@ def test_a_config_that_no_run_can_have(how, trained, tmp_path, capsys):
     assert (out / FIRST).exists() and dist.load(out / "ckpt_000005.pt")["step"] == 5
 
 
-@pytest.mark.parametrize("names", [["n_experts"], ["dataset", "n_layer", "objective"]])
-def test_a_config_without_some_fields(names, corpora, tmp_path):
+@pytest.mark.parametrize("names, fit", [(["n_experts", "objective"], True), (["dataset", "n_layer"], False)])
+def test_a_config_without_some_fields(names, fit, corpora, tmp_path):
     """As if from another version: they get their defaults; where those do not fit the weights, one line says so."""
     train.main(flags(corpora, tmp_path / "dense", "--n_experts=1", "--max_steps=1"))
     state = newest(tmp_path / "dense")
@@ -309,8 +309,8 @@ def test_a_config_without_some_fields(names, corpora, tmp_path):
     del state["vocabulary"]
     dist.save(tmp_path / "dense" / "ckpt_000001.pt", state)
     train.main(flags(corpora, tmp_path / "new", f"--init_from={tmp_path / 'dense'}", "--max_steps=1"))
-    for argv in (["--init_from=resume"], ["--eval_only"]):
-        with contextlib.suppress(ValueError):
+    for argv in (["--eval_only"], ["--init_from=resume"]):
+        with contextlib.nullcontext() if fit else pytest.raises(ValueError, match="does not fit this model.*missing"):
             train.main([f"--out_dir={tmp_path / 'dense'}", f"--dataset={corpora['gpt']}", *argv])
 
 
@@ -499,6 +499,14 @@ def test_a_folder_that_is_moved_away(trained, tmp_path):
                 log({"step": 8})
             out.mkdir(exist_ok=True)
     assert not list(out.iterdir())
+
+
+def test_a_log_that_cannot_be_opened_is_one_line(tmp_path):
+    with Log(str(tmp_path), dist.Mesh(), None) as log:
+        (tmp_path / "log.jsonl").unlink()
+        (tmp_path / "log.jsonl").mkdir()
+        with pytest.raises(OSError, match="cannot write .*Is a directory"):
+            log({"step": 1})
 
 
 def test_a_full_disk_does_not_tear_the_log(tmp_path):

@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import math
+import multiprocessing
 from statistics import NormalDist
 
 import numpy as np
@@ -2429,7 +2430,19 @@ def test_best_assignment_is_optimal():
 
 def test_infinite_scores_do_not_hang_the_matching():
     """An overflowing router ends in the loop's own message; until then every token has an expert with a slot."""
+    child = multiprocessing.get_context("fork").Process(target=match_infinite_scores)
+    child.start()
+    child.join(30)
+    child.kill()  # if it hangs
+    assert child.exitcode == 0
+
+
+def match_infinite_scores():
     inf = math.inf
+    torch.manual_seed(0)
+    for size in range(60):  # differences that float64 can no longer add up
+        logp = (torch.randn(32, 4) * 10.0 ** (size % 38)).log_softmax(1)
+        assert best_assignment(logp, 8)[0].bincount(minlength=4).tolist() == [8] * 4
     for S in ([[0, -inf], [0, -1], [0, 0]], [[inf, 0], [0, inf], [0, 0]], [[math.nan, 3e38], [-3e38, 0], [0, 0]]):
         z, dist = best_assignment(torch.tensor(S), 2)
         assert z.bincount(minlength=2).max() <= 2 and dist.isfinite().all()
