@@ -1372,8 +1372,10 @@ class Permuted(nn.Module):
 
     def __init__(self, gate, steps=1, search=0.05, schedule="corrected", zeta=1e-4):
         super().__init__()
-        if schedule not in ("corrected", "official") or not 0 < search < 1:
-            raise ValueError(f"schedule={schedule} must be corrected or official, search={search} between 0 and 1")
+        if schedule not in ("corrected", "official"):
+            raise ValueError(f"Permuted: schedule={schedule} must be corrected or official")
+        if not 0 < search < 1:
+            raise ValueError(f"Permuted: search={search} must be between 0 and 1")
         self.gate, self.D, self.E = gate, gate.D, gate.E
         self.looks_ahead, self.drop_order, self.drops_itself = gate.looks_ahead, gate.drop_order, gate.drops_itself
         self.window, self.official, self.zeta = max(1, round(search * steps)), schedule == "official", zeta
