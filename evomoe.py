@@ -430,9 +430,9 @@ def load_weights(model, weights, mesh):
 
 
 def load_teacher(cfg, build, mesh, vocabulary, before):
-    """The dense model that a distilled one follows, from the run that the config names; build: train.build_model for a
-    number of experts; vocabulary: the corpus's fingerprint; before: {folder: checksum} of a resumed run's teacher, or
-    {}. ValueError if the two cannot be compared, or if the weights in the folder are others by now."""
+    """The dense model that a distilled one follows, from the run that the config names, and {its folder: checksum of
+    its weights}. build: train.build_model for a number of experts; vocabulary: the corpus's fingerprint; before: that
+    dict of a resumed run, or {}. ValueError if the two cannot be compared, or if the folder holds other weights now."""
     cfg.teacher = cfg.teacher or cfg.init_from  # the config goes into the checkpoints: a resumed run finds it there
     fields, state = trained(cfg.teacher, mesh, "teacher")
     teacher = build(1).eval().requires_grad_(False)
@@ -447,12 +447,13 @@ def load_teacher(cfg, build, mesh, vocabulary, before):
     sums = mesh.from_all(dist.checksum(teacher.parameters()))
     if len(set(sums)) > 1:
         raise ValueError(f"--teacher={cfg.teacher} has other weights for some processes: copy it to all nodes")
-    if before.get(os.path.normpath(cfg.teacher)) not in (None, sums[0]):
+    folder = os.path.normpath(cfg.teacher)
+    if before.get(folder, sums[0]) != sums[0]:
         raise ValueError(
             f"{cfg.teacher} has other weights than the teacher that this run has followed so far: put those back, or "
             "go on with another --teacher (a copy of the folder will do) or without one, --distill=0"
         )
-    return teacher
+    return teacher, {folder: sums[0]}
 
 
 @contextmanager

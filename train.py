@@ -274,6 +274,7 @@ class Run:
     n_domains: int  # labelled domains that gates may know
     phases: str  # the table of what changes when; "" if nothing does
     teacher: torch.nn.Module | None = None  # the dense model that a distilled one follows
+    followed: dict = dataclasses.field(default_factory=dict)  # {folder: checksum} of the teacher
     first: int = 0  # step to begin with
     resumed: bool = False
     unheard: str = ""  # why stdout takes no more: a closed terminal, the end of a pipe, a full disk
@@ -386,8 +387,7 @@ def save(run, step):
     corpus = run.objective.corpus
     more = dict(vocabulary=corpus.tok.fingerprint(), n_domains=run.n_domains, parts=run.objective.parts("train"))
     more["config"] = dataclasses.asdict(run.cfg)
-    if run.teacher:
-        more["teacher"] = {os.path.normpath(run.cfg.teacher): dist.checksum(run.teacher.parameters())}
+    more["teacher"] = run.followed
     dist.save_checkpoint(run.cfg.out_dir, step, run.model, run.optimizer, run.mesh, possible, **more)
 
 
@@ -469,7 +469,7 @@ def set_up(given):
     run = mesh.on_all(lambda: assemble(cfg, state, mesh))
     if cfg.distill and not only_looks:
         vocabulary, before = run.objective.corpus.tok.fingerprint(), state.get("teacher", {})
-        run.teacher = evomoe.load_teacher(cfg, run.build, mesh, vocabulary, before)
+        run.teacher, run.followed = evomoe.load_teacher(cfg, run.build, mesh, vocabulary, before)
     return run
 
 
@@ -553,8 +553,6 @@ def configure(given, base=None):
     values = {name: value for name, value in (base or {}).items() if name in fields}  # a file may hold more
     values |= {name: value for name, value in given.items() if (name, value) != ("dataset", "")}
     check(values, Config)
-    if values.get("out_dir") == "":
-        raise ValueError("--out_dir= is empty: name a folder")
     cfg = Config(**{**OBJECTIVES[values.get("objective", Config.objective)].defaults, **values})
     if cfg.diversify < 0:
         cfg.diversify = 0.0 if evomoe.starts_trained(cfg) else gates()[cfg.gate].diversify

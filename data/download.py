@@ -104,8 +104,6 @@ def run(main, file, doc, **flags):
     try:
         given = parse(sys.argv[1:], Settings)
         check(given, Settings)
-        if given.get("out_dir") == "":
-            raise ValueError("--out_dir= is empty: name a folder")
         main(Settings(**given))
     except (OSError, ValueError) as e:
         text = " ".join(str(e).split())

@@ -61,6 +61,8 @@ def check(values, Config):
         value, least, most, one_of = values[f.name], *(f.metadata[key] for key in ("least", "most", "one_of"))
         if type(value) is not f.type and (type(value), f.type) != (int, float):
             raise ValueError(f"{f.name}={value!r}, from a file, is not of type {f.type.__name__}")
+        if f.name == "out_dir" and not value:
+            raise ValueError("--out_dir= is empty: name a folder")
         if one_of and value not in one_of:
             raise ValueError(
                 f"--{f.name}={value} is unknown{closest(value, one_of)}; choose from {', '.join(filter(None, one_of))}"
