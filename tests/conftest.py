@@ -23,6 +23,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--turns", type=int, default=1, help="how much of the product of every gate with everything else: 1 to 12 (all)"
     )
+    parser.addoption("--seed", type=int, default=0, help="of the random numbers that a test does not seed itself")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """What a test draws, it draws again in the next call, in whatever order tests run; --seed shows it other numbers."""
+    torch.manual_seed(request.config.getoption("seed"))
 
 
 @pytest.fixture(autouse=True)
