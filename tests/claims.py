@@ -296,8 +296,8 @@ CLAIMS = {
                 "dropped at the end": at_the_end("dropped")} | COST),
     "pays": Claim(
         "a mixture learns more than the dense model in the same time",
-        at_equal_time({m: METHODS[m] for m in ("dense", "switch", "hash", "evomoe")}), ("switch, dense's time", "dense"),
-        picture=over_steps("training loss", lambda e: e["loss"], timed=True)),
+        at_equal_time({m: METHODS[m] for m in ("dense", "switch", "hash", "evomoe")}),
+        ("switch, dense's time", "dense"), picture=over_steps("training loss", lambda e: e["loss"], timed=True)),
     "locmoe": Claim(
         "a locality loss keeps tokens on their node without loss of quality",
         {"switch": "--gate=switch", "hash": "--gate=hash", "locmoe 0.01": LOCAL + "0.01", "locmoe 0.1": LOCAL + "0.1",

@@ -28,7 +28,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """What a test draws, it draws again in the next call, in whatever order tests run; --seed shows it other numbers."""
+    """What a test draws, it draws again in the next call, whatever ran before; --seed shows it other numbers."""
     torch.manual_seed(request.config.getoption("seed"))
 
 
