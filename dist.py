@@ -89,11 +89,11 @@ class Mesh:
 
     # -- small collectives: every rank calls them, in the same order -----------------------------------------
 
-    def all_reduce(self, t, group="world"):
-        """Sum of a detached tensor (ints, float32, float64; bfloat16 would round) over a group."""
+    def all_reduce(self, t):
+        """Sum of a detached tensor (ints, float32, float64; bfloat16 would round) over all ranks."""
         t = t.detach().clone(memory_format=torch.contiguous_format)
         if self.process_groups:
-            td.all_reduce(t, group=self.process_groups.get(group))
+            td.all_reduce(t, group=self.process_groups.get("world"))
         return t
 
     def sum(self, t):
@@ -237,6 +237,81 @@ class Mesh:
     def part(self, t):
         """(E, ...) -> a copy of this rank's (E/ep, ...) slice."""
         return t if self.ep == 1 else t.unflatten(0, (self.ep, -1))[self.ep_rank].clone()
+
+
+# -- all-to-all ----------------------------------------------------------------------------------------------
+
+
+def swap(x, sizes):
+    """Block transpose: x holds A x B blocks of rows, sizes (A, B), b fastest -> the same blocks, a fastest.
+
+    sizes [[2, 1], [1, 3]]:   a0b0 a0b0 a0b1 a1b0 a1b1 a1b1 a1b1  ->  a0b0 a0b0 a1b0 a0b1 a1b1 a1b1 a1b1
+    """
+    blocks, n = x.split(sizes.flatten().tolist()), sizes.shape[1]
+    return torch.cat([block for b in range(n) for block in blocks[b::n]])
+
+
+def send(x, to, frm, group):
+    """One all_to_all_single: `to[r]` rows to each rank of the group, `frm[r]` rows from each."""
+    out = x.new_empty(int(frm.sum()), *x.shape[1:])
+    td.all_to_all_single(out, x.contiguous(), frm.tolist(), to.tolist(), group=group)
+    return out
+
+
+def exchange(x, c, mesh):
+    """x: my rows by target rank, c (ep, ep): number of rows from each source to each target -> by source.
+
+    Two-level: first to the right slot on my own node, then to the right node (a rank is a node and a slot in it).
+
+        mine, by target        (node', slot')  -swap->  (slot', node')
+        send within the node   (slot, node')   -swap->  (node', slot)     my node's rows for my slot
+        send between nodes     (node, slot)    = in order of source rank, as in the flat exchange
+
+    What it saves is messages: with 4 nodes of 8 ranks a rank sends 7 within its node and 24 to other nodes; in two
+    levels 7 and 3, the 3 eight times as large. The bytes between nodes stay the same, those within a node grow: a row
+    for another slot goes there first. Rows that stay on the node pass through the second call as well, as what a rank
+    sends to itself. That is a copy in memory, no message (gloo, 8 MB: 2.7 ms to itself, 7.2 ms to another process).
+    """
+    rank, slots = mesh.ep_rank, mesh.ranks_per_node
+    if not mesh.two_level or "inter" not in mesh.process_groups:
+        return send(x, c[rank], c[:, rank], mesh.process_groups["ep"])
+    node, slot = divmod(rank, slots)
+    c = c.reshape(mesh.ep // slots, slots, mesh.ep // slots, slots)  # rows from (node, slot) to (node', slot')
+    mine, held = c[node, slot], c[node, :, :, slot]  # (node', slot'); (slot, node'): what my node has for my slot
+    x = send(swap(x, mine), mine.sum(0), held.sum(1), mesh.process_groups["intra"])
+    return send(swap(x, held), held.sum(0), c[:, :, node, slot].sum(1), mesh.process_groups["inter"])
+
+
+def to_owner(x, sizes, mesh):
+    """Rows to the ranks that own their experts, the field's "dispatch": by (target rank, its expert) = by global expert
+    -> by (source, my expert) -> by (my expert, source)."""
+    return swap(exchange(x, sizes.sum(2), mesh), sizes[:, mesh.ep_rank])
+
+
+def to_source(x, sizes, mesh):
+    """The inverse of to_owner, step by step."""
+    return exchange(swap(x, sizes[:, mesh.ep_rank].T), sizes.sum(2).T, mesh)
+
+
+class AllToAll(torch.autograd.Function):
+    """`to_owner` when link is None, else `to_source`; the backward of each is the other.
+
+    to_owner also returns a zero, the link, which to_source takes as an input. So the first exchange comes before the
+    second in every rank's graph, and both run backward on every rank, even where the experts in between return
+    something unconnected (they got no rows, or are frozen).
+    """
+
+    @staticmethod
+    def forward(ctx, x, link, sizes, mesh):
+        ctx.move, ctx.inverse = (to_owner, to_source) if link is None else (to_source, to_owner)
+        ctx.sizes, ctx.mesh = sizes, mesh
+        return ctx.move(x, sizes, mesh), x.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        grad = ctx.inverse(grad, ctx.sizes, ctx.mesh)
+        return grad, None if ctx.move is to_owner else grad.new_zeros(()), None, None
 
 
 # -- start ---------------------------------------------------------------------------------------------------
@@ -456,81 +531,6 @@ def one_line(error):
     if re.search(r"(?i)timed? ?out", text):
         return f"another process did not answer in time: it hangs, or --timeout is too short; {again}"
     return f"the processes lost each other ({text[:200]}); {again}"
-
-
-# -- all-to-all ----------------------------------------------------------------------------------------------
-
-
-def swap(x, sizes):
-    """Block transpose: x holds A x B blocks of rows, sizes (A, B), b fastest -> the same blocks, a fastest.
-
-    sizes [[2, 1], [1, 3]]:   a0b0 a0b0 a0b1 a1b0 a1b1 a1b1 a1b1  ->  a0b0 a0b0 a1b0 a0b1 a1b1 a1b1 a1b1
-    """
-    blocks, n = x.split(sizes.flatten().tolist()), sizes.shape[1]
-    return torch.cat([block for b in range(n) for block in blocks[b::n]])
-
-
-def send(x, to, frm, group):
-    """One all_to_all_single: `to[r]` rows to each rank of the group, `frm[r]` rows from each."""
-    out = x.new_empty(int(frm.sum()), *x.shape[1:])
-    td.all_to_all_single(out, x.contiguous(), frm.tolist(), to.tolist(), group=group)
-    return out
-
-
-def exchange(x, c, mesh):
-    """x: my rows by target rank, c (ep, ep): number of rows from each source to each target -> by source.
-
-    Two-level: first to the right slot on my own node, then to the right node (a rank is a node and a slot in it).
-
-        mine, by target        (node', slot')  -swap->  (slot', node')
-        send within the node   (slot, node')   -swap->  (node', slot)     my node's rows for my slot
-        send between nodes     (node, slot)    = in order of source rank, as in the flat exchange
-
-    What it saves is messages: with 4 nodes of 8 ranks a rank sends 7 within its node and 24 to other nodes; in two
-    levels 7 and 3, the 3 eight times as large. The bytes between nodes stay the same, those within a node grow: a row
-    for another slot goes there first. Rows that stay on the node pass through the second call as well, as what a rank
-    sends to itself. That is a copy in memory, no message (gloo, 8 MB: 2.7 ms to itself, 7.2 ms to another process).
-    """
-    rank, slots = mesh.ep_rank, mesh.ranks_per_node
-    if not mesh.two_level or "inter" not in mesh.process_groups:
-        return send(x, c[rank], c[:, rank], mesh.process_groups["ep"])
-    node, slot = divmod(rank, slots)
-    c = c.reshape(mesh.ep // slots, slots, mesh.ep // slots, slots)  # rows from (node, slot) to (node', slot')
-    mine, held = c[node, slot], c[node, :, :, slot]  # (node', slot'); (slot, node'): what my node has for my slot
-    x = send(swap(x, mine), mine.sum(0), held.sum(1), mesh.process_groups["intra"])
-    return send(swap(x, held), held.sum(0), c[:, :, node, slot].sum(1), mesh.process_groups["inter"])
-
-
-def to_owner(x, sizes, mesh):
-    """Rows to the ranks that own their experts, the field's "dispatch": by (target rank, its expert) = by global expert
-    -> by (source, my expert) -> by (my expert, source)."""
-    return swap(exchange(x, sizes.sum(2), mesh), sizes[:, mesh.ep_rank])
-
-
-def to_source(x, sizes, mesh):
-    """The inverse of to_owner, step by step."""
-    return exchange(swap(x, sizes[:, mesh.ep_rank].T), sizes.sum(2).T, mesh)
-
-
-class AllToAll(torch.autograd.Function):
-    """`to_owner` when link is None, else `to_source`; the backward of each is the other.
-
-    to_owner also returns a zero, the link, which to_source takes as an input. So the first exchange comes before the
-    second in every rank's graph, and both run backward on every rank, even where the experts in between return
-    something unconnected (they got no rows, or are frozen).
-    """
-
-    @staticmethod
-    def forward(ctx, x, link, sizes, mesh):
-        ctx.move, ctx.inverse = (to_owner, to_source) if link is None else (to_source, to_owner)
-        ctx.sizes, ctx.mesh = sizes, mesh
-        return ctx.move(x, sizes, mesh), x.new_zeros(())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        grad = ctx.inverse(grad, ctx.sizes, ctx.mesh)
-        return grad, None if ctx.move is to_owner else grad.new_zeros(()), None, None
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ class MoE(nn.Module):
         else:
             sizes = group_sizes(n, live, self.groups)
         node = near = None
-        if mesh.n_nodes > 1:  # several nodes, real (mesh) or played by the groups of one process
+        if mesh.n_nodes > 1:  # several nodes, real (mesh) or, in tests, played by the groups of one process
             of_group = [mesh.node if mesh.world > 1 else g * mesh.n_nodes // self.groups for g in range(self.groups)]
             node = torch.tensor(of_group).repeat_interleave(torch.tensor(sizes)).to(device)
             near = near_experts(mesh, self.gate.E, mesh.n_nodes).to(device)
@@ -323,7 +323,9 @@ def check_causality(moes, causal, cfg):
     if not causal or not moes:
         return ""
     moe = moes[0]
-    what = f"--gate={cfg.gate} (drop order: {moe.drop_order})"
+    gate = getattr(moe.gate, "gate", moe.gate)  # inside Permuted
+    drops = (cfg.capacity_factor or getattr(gate, "capacity", None)) and "drop_order" not in gate.ignores
+    what = f"--gate={cfg.gate}" + f" (drop order: {moe.drop_order})" * bool(drops)
     if moe.gate.looks_ahead == "always" and not cfg.insist:
         raise ValueError(
             f"{what} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist "
@@ -331,8 +333,6 @@ def check_causality(moes, causal, cfg):
         )
     if moe.gate.looks_ahead == "always":
         return f"note: {what} looks at later tokens, at evaluation too: the held-out loss means nothing\n"
-    gate = getattr(moe.gate, "gate", moe.gate)  # inside Permuted
-    drops = cfg.capacity_factor or getattr(gate, "capacity", None)
     if gate.looks_ahead != "never" or (drops and moe.drop_order != "arrival"):
         return f"note: {what} looks at later tokens in training; evaluation does not\n"
     return ""

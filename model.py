@@ -195,7 +195,8 @@ class Model(nn.Module):
         multiplied = lambda name, p: p.dim() >= 2 and not (".gate." in name and len(p) in ids)
         others = [(name, p) for name, p in self.named_parameters() if ".ffn.experts." not in name]
         matrices = {name: p.numel() for name, p in others if multiplied(name, p)}
-        head = sum(n for name, n in matrices.items() if name in ("wte.weight", "dense.weight"))
+        heads = ("wte.weight", "dense.weight") if getattr(self, "classifier", None) is None else ("classifier.",)
+        head = sum(n for name, n in matrices.items() if name.startswith(heads))
         blocks = sum(n for name, n in matrices.items() if name.startswith(("stack.", "encoder.", "decoder.")))
         per_row = sum(p[0].numel() for m in self.moes() for p in m.experts.parameters() if p.dim() == 3)
         scores = sum(2 * T * self.cfg.n_embd for m in self.modules() if isinstance(m, Attention))

@@ -11,7 +11,9 @@ fill G. The number of experts a token uses is the number of non-zeros in its row
 To add a gate, write one class here:
 
     class MyGate(Gate):
-        def __init__(self, D, E, k=1, sharpness=1.0): ...     # names what it needs (see make_gate); the rest are knobs
+        def __init__(self, D, E, k=1, sharpness=1.0):         # names what it needs (see make_gate); the rest are knobs
+            super().__init__(D, E, k)
+            self.loss_weights = {"balance": 0.01}             # a loss without a weight is only logged
         def forward(self, x, ids):                            # x (N, D), ids (N,); what else there is: self.place
             return Routing(G, {"balance": ...})
 
@@ -55,7 +57,8 @@ class Routing(NamedTuple):
 
     G         (N, E) float, combine weights; exactly 0 where token n is not sent to expert e
     aux       {name: scalar}, raw losses of this layer; Gate.loss_weights says which of them join the task loss. One
-              name is special: "log_prob" (N,), weight times log p of a token's sampled choice, see score_function_term
+              name is special: "log_prob" (N,), weight times log p of a token's sampled choice: MoE.forward lays it out
+              like ids, Stack.forward adds up layers and tokens, train.py hands it to score_function_term
     priority  (N, E) or None: who keeps a slot when an expert is full, higher first (None: the gate's drop_order)
     capacity  slots per expert: an int, an (E,) tensor, an (N, E) tensor with equal rows in each routing group, or None
               (the layer's capacity factor decides)
@@ -74,7 +77,9 @@ class Gate(nn.Module):
                   evaluation (expert choice). experts.check_causality says so or refuses
     drop_order    who keeps a slot when an expert is full: "arrival", "choice" (all first choices before any second),
                   "score" or "random"; experts.drop_priority explains
-    drops_itself  is G within the gate's own capacity already? Then the layer does not look for an overflow
+    drops_itself  is G within the gate's own capacity already? Then the layer does not look for an overflow; the
+                  capacity that such a gate returns is for whoever wants to know
+    ignores       flags of the layer that are without effect on this gate
     diversify     share of the run that it wants to begin with one expert per layer, see evomoe.py
     k             experts per token on which capacity is based: C = ceil(factor * k * N / E)
     loss_weights  {aux name: weight in the loss}; an entry of aux without a weight is only logged
@@ -88,6 +93,7 @@ class Gate(nn.Module):
     looks_ahead = "never"
     drop_order = "arrival"
     drops_itself = False
+    ignores = ()
     diversify = 0.0
 
     def __init__(self, D, E, k=1):
@@ -329,8 +335,9 @@ class Soft(Gate):
 
         G = softmax(x W^T)
 
-    The bound on quality, and on cost, for all that follow. With E = 1 the weight is exactly 1: a dense model. (Not Soft
-    MoE, 2308.00951, whose experts read mixtures of tokens instead of tokens: no G can say that.)
+    The bound on cost for all that follow, but not on quality: experts that all see every token learn much the same
+    (tests/RESULTS.md). With E = 1 the weight is exactly 1: a dense model. (Not Soft MoE, 2308.00951, whose experts read
+    mixtures of tokens instead of tokens: no G can say that.)
 
     Reads: content. Balanced by: nothing, every expert sees all. Looks ahead: never.
     """
@@ -615,6 +622,7 @@ class ExpertChoice(Gate):
 
     looks_ahead = "always"
     drops_itself = True
+    ignores = "capacity_factor", "drop_order"
 
     def __init__(self, D, E, k=2):
         super().__init__(D, E, k)
@@ -717,7 +725,7 @@ class DTS(Gate):
         """What holds from the next call on: the temperature, the scale of the noise, and how far the bar has risen (0
         to 1, geometrically); in the phase "hard" only the k largest count."""
         low, high = self.bar_range
-        self.phase = phase
+        self.phase, self.noisy = phase, noise > 0
         self.tau.fill_(tau)
         self.noise.fill_(noise)
         self.bar.fill_(low * (high / low) ** tight)
@@ -729,7 +737,8 @@ class DTS(Gate):
 
     def forward(self, x, ids):
         z = self.weight[ids] if self.by_id else linear(x, self.weight)  # (N, E)
-        noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
+        noisy = self.noisy and self.training
+        noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if noisy else 0.0
         y = ((z + noise) / self.tau).softmax(1)
         top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.final_k, dim=1).indices, True)
         m = top | ((y > self.bar) & ~self.hard)
@@ -748,7 +757,7 @@ class ReMoE(Gate):
     lambda starts at 1e-8 and is felt after 60 to 100 steps; then the number of experts falls to k, a mean over tokens,
     and no capacity fits before. Traps: a token may get no expert at all (a row of zeros: it passes by this layer). What
     is off has no gradient and comes back with a change of x only: our default with k = 1 overshot at step 85 and was at
-    0.7 from 200 to 300. W has no bias: it can close an expert because the tokens' vectors have a common mean; had they
+    0.6 to 0.7 from 200 to 300. W has no bias: it can close an expert because the tokens' vectors have a common mean; had they
     none, half of the scores would stay positive. The authors share one lambda between the layers, which so may differ
     in their experts per token; a gate knows one layer. At sign 0 their code lowers lambda, the paper and we leave it.
     It stays between its start and 1000: ours.
@@ -1134,6 +1143,7 @@ class LocMoE(Gate):
         self.capacity = None
         if delta:
             self.capacity = max(1, math.ceil(min(slots * locmoe_capacity(delta, D, E)[0], 2**31)))
+            self.ignores = ("capacity_factor",)
         self.loss_weights = {"balance": balance, "locality": locality}
 
     def forward(self, x, ids):
@@ -1166,7 +1176,7 @@ class LocMoEPlus(Gate):
     """
 
     looks_ahead = "training"
-    drop_order = "score"
+    ignores = "capacity_factor", "drop_order"
 
     def __init__(self, D, E, k=1, balance=0.01, locality=0.01, eps=0.1, capacity_factor=1.1, floor=0.25):
         super().__init__(D, E, k)
@@ -1257,8 +1267,8 @@ class Skip(Gate):
     """
 
     looks_ahead = "training"
-    drop_order = "random"
     drops_itself = True
+    ignores = "capacity_factor", "drop_order"
 
     def __init__(self, D, E, capacity_factor=1.0, score=0.01):
         super().__init__(D, E, k=1)
@@ -1289,14 +1299,15 @@ class GumbelMatching(Gate):
     Exact optimum (`best_assignment`), q in closed form (`matching_log_q`). With the expectation over a row's own noise
     given the others', E[G] is p. When p is skewed most weights are near 0 and a few are huge: Skip has less variance.
     clip > 0 bounds the weights (biased). Evaluation, log_prob and sources: as Skip. Sinkhorn before the matching
-    changes nothing when the balance is exact. Dear by nature, since the matching runs on the CPU: 4 times a top-k gate
-    at N = 2048, E = 8; 15 to 30 times at N = 8192, E = 64.
+    changes nothing when the balance is exact. Dear by nature, since the matching runs on the CPU: 2 to 8 times a top-k
+    gate at N = 2048, E = 8, by width; 15 to 30 times at N = 8192, E = 64.
 
     Reads: content. Balanced by: construction, in training. Looks ahead: in training (all tokens are coupled).
     """
 
     looks_ahead = "training"
     drops_itself = True
+    ignores = "capacity_factor", "drop_order"
 
     def __init__(self, D, E, capacity_factor=1.0, clip=0.0, score=0.01):
         super().__init__(D, E, k=1)

@@ -20,7 +20,8 @@ objectives is in data/objectives.py, what a run tells in data/log.py, the spawn 
     loss = task loss + sum of weights * auxiliary losses          the task loss is always reported alone
 
 Decisions:
-- Everything random is a function of (seed, step), dropout also of the rank: data order, masks, routing noise. So a
+- Everything random is a function of (seed, step): data order, masks, routing noise. (With dropout, the masks of units
+  and the routing noise are also one of the rank: both draw from one stream, in which each draws for its own rows.) So a
   resumed run equals an uninterrupted one without saving any generator, and the data order does not depend on the
   number of processes.
 - batch_size is global. Each process takes its slice; a rank's loss is its share of the global one (its sum / the global
@@ -385,9 +386,8 @@ def finish(run, log, clock):
 def save(run, step):
     """out_dir/ckpt_STEP.pt; the last two are kept."""
     corpus = run.objective.corpus
-    more = dict(vocabulary=corpus.tok.fingerprint(), n_domains=run.n_domains, parts=run.objective.parts("train"))
-    more["config"] = dataclasses.asdict(run.cfg)
-    more["teacher"] = run.followed
+    more = dict(config=dataclasses.asdict(run.cfg), vocabulary=corpus.tok.fingerprint(), n_domains=run.n_domains,
+                parts=run.objective.parts("train"), teacher=run.followed)  # fmt: skip
     dist.save_checkpoint(run.cfg.out_dir, step, run.model, run.optimizer, run.mesh, possible, **more)
 
 
@@ -504,7 +504,7 @@ def assemble(cfg, state, mesh):
     mixture = build(cfg.n_experts)  # also before a spawn: wrong knobs of a gate should stop the run now
     dense_first = cfg.n_experts > 1 and evomoe.starts_dense(cfg, state)
     model = build(1) if dense_first else mixture
-    note = check_causality(mixture.moes(), objective.causal, cfg) + without_effect(cfg)
+    note = check_causality(mixture.moes(), objective.causal, cfg) + without_effect(cfg, mixture.gates())
     optimizer = make_optimizer(model, cfg)
     if "optimizer" in state:
         dist.load_state(model, optimizer, state, mesh)
@@ -526,12 +526,15 @@ def assemble(cfg, state, mesh):
     return run
 
 
-def without_effect(cfg):
-    """A note on flags of a mixture that the dense model has no use for, or ""."""
-    names = "k gate_args permute expert_hidden shared_hidden capacity_factor drop_order".split()
+def without_effect(cfg, gates):
+    """A note on flags of a mixture that the dense model, or this gate, has no use for, or ""."""
+    with_what = f"--gate={cfg.gate}"
+    names = getattr(gates[0], "gate", gates[0]).ignores if gates else ()  # inside Permuted
+    if cfg.n_experts == 1:
+        with_what = "--n_experts=1, the dense model"
+        names = "k gate_args permute expert_hidden shared_hidden capacity_factor drop_order".split()
     idle = [f"--{name}" for name in names if getattr(cfg, name) != getattr(Config, name)]
-    dense = cfg.n_experts == 1 and idle
-    return f"note: without effect with --n_experts=1, the dense model: {', '.join(idle)}\n" if dense else ""
+    return f"note: without effect with {with_what}: {', '.join(idle)}\n" if idle else ""
 
 
 def build_model(cfg, objective, mesh, n_domains, n_experts):

@@ -21,11 +21,13 @@ from data.files import load_meta, load_split, load_tokenizer
 class Corpus:
     """A prepared folder of data/: meta, tokenizer and memory-mapped splits."""
 
-    def __init__(self, folder, splits=("train", "val", "test")):
+    def __init__(self, folder):
         self.folder, self.meta = folder, load_meta(folder)
         self.tok = load_tokenizer(folder)
         self.V = self.meta["vocab_size"]
-        self.splits = {s: load_split(folder, self.meta, s) for s in splits if s in self.meta["splits"]}
+        self.splits = {
+            s: load_split(folder, self.meta, s) for s in ("train", "val", "test") if s in self.meta["splits"]
+        }
 
     @functools.cache
     def counts(self):

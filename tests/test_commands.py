@@ -549,6 +549,12 @@ def test_flags_without_effect_are_named(corpora, tmp_path):
     said = run(flags(corpora, tmp_path / "out", "--n_experts=1", "--k=5", "--shared_hidden=8"), tmp_path)
     assert "note: without effect with --n_experts=1, the dense model: --k, --shared_hidden\n" in said
     assert "without effect" not in run(flags(corpora, tmp_path / "b", "--n_experts=1"), tmp_path)
+    own = ["--gate=skip", "--capacity_factor=1", "--drop_order=score", "--permute=0.5"]
+    said = run(flags(corpora, tmp_path / "c", *own), tmp_path)
+    assert "note: --gate=skip looks at later tokens in training; evaluation does not\n" in said
+    assert "note: without effect with --gate=skip: --capacity_factor, --drop_order\n" in said
+    said = run(flags(corpora, tmp_path / "d", "--gate=locmoe", "--gate_args=delta=0.1", *own[1:3]), tmp_path)
+    assert "--gate=locmoe (drop order: score) looks at later" in said and "--gate=locmoe: --capacity_factor\n" in said
 
 
 def test_two_runs_at_once_in_one_folder(corpora, tmp_path):

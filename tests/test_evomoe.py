@@ -426,6 +426,14 @@ def test_flops_per_token_are_the_non_zeros(tau, reads, n):
     assert model.flops_per_token(k, 16) * x.numel() == pytest.approx(counter.get_total_flops())
 
 
+def test_flops_of_a_classifier():
+    """It has a head of its own, met once a sequence, and neither RoBERTa's nor the token embedding in its place."""
+    model, x = RoBERTa(config(n_experts=1), V, n_classes=3).double(), torch.randint(V, (4, 16))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(x)
+    assert model.flops_per_token(1, 16, targets=1 / 16) * x.numel() == pytest.approx(counter.get_total_flops())
+
+
 # -- MoEBERT ----------------------------------------------------------------------------------------------------------
 
 
