@@ -757,10 +757,10 @@ class ReMoE(Gate):
     lambda starts at 1e-8 and is felt after 60 to 100 steps; then the number of experts falls to k, a mean over tokens,
     and no capacity fits before. Traps: a token may get no expert at all (a row of zeros: it passes by this layer). What
     is off has no gradient and comes back with a change of x only: our default with k = 1 overshot at step 85 and was at
-    0.6 to 0.7 from 200 to 300. W has no bias: it can close an expert because the tokens' vectors have a common mean; had they
-    none, half of the scores would stay positive. The authors share one lambda between the layers, which so may differ
-    in their experts per token; a gate knows one layer. At sign 0 their code lowers lambda, the paper and we leave it.
-    It stays between its start and 1000: ours.
+    0.6 to 0.7 from 200 to 300. W has no bias: it can close an expert because the tokens' vectors have a common mean;
+    had they none, half of the scores would stay positive. The authors share one lambda between the layers, which so may
+    differ in their experts per token; a gate knows one layer. At sign 0 their code lowers lambda, the paper and we
+    leave it. It stays between its start and 1000: ours.
 
     Reads: content. Balanced by: f_e in the price. Looks ahead: never.
     """
