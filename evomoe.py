@@ -45,6 +45,7 @@ from typing import NamedTuple
 import torch
 
 import dist
+from data.bpe import gpt2_tokenizer
 from data.flags import closest
 from experts import Experts, MoE, expert_seed
 from model import make_optimizer
@@ -80,10 +81,11 @@ def set_step(model, step, cfg):
         gate.set_step(max(0, step - spawn_step(cfg)))
 
 
-def show(cfg, mixture):
-    """The table, for the start of a run that will train the model `mixture`; "" if nothing ever changes."""
+def show(cfg, mixture, dense_first=True):
+    """The table, for the start of a run that will train the model `mixture`; "" if nothing ever changes. dense_first:
+    is its spawn still to come?"""
     gates = mixture.gates()
-    table = phases(cfg, gates[0]) if gates else []
+    table = [row for row in (phases(cfg, gates[0]) if gates else []) if dense_first or row[0] != "diversify"]
     if len(table) < 2:
         return ""
     rows = [f"{name:10} {first:10d}  {experts:7d}" for name, first, experts in table]
@@ -99,6 +101,12 @@ def check(cfg, state):
         raise ValueError(
             f"--expert_hidden={cfg.expert_hidden}: experts of another width than the FFN they come from "
             f"({width}) need --spawn=importance, or --diversify=0"
+        )
+    overdue = "optimizer" in state and spawn_step(cfg) < state["step"] < cfg.max_steps and not cfg.eval_only
+    if overdue and is_dense(state) and cfg.n_experts > 1:
+        raise ValueError(
+            f"--diversify={cfg.diversify} of --max_steps={cfg.max_steps}: experts were due after step {spawn_step(cfg)}, "
+            f"but step {state['step']} still has one per layer, and the gate's phases would be cut short: raise either"
         )
     if cfg.teacher and not cfg.distill:
         raise ValueError(f"--teacher={cfg.teacher} teaches nothing without --distill=WEIGHT, 1 to 5")
@@ -324,7 +332,10 @@ def load_gpt2(where, flag):
         raise ValueError(f"--{flag}={where} needs the package transformers: pip install transformers") from None
     try:
         fields, weights = from_gpt2(GPT2LMHeadModel.from_pretrained(where))
-        return fields, {"model": weights}
+        state = {"model": weights}
+        if len(weights["wte.weight"]) == 50257:  # the published vocabulary; any other is its owner's affair
+            state["vocabulary"] = gpt2_tokenizer().fingerprint()
+        return fields, state
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--{flag}={where}: {str(error).splitlines()[0]}") from None
 

@@ -125,7 +125,8 @@ def random_starts(corpus, cfg, rng, n_nodes):
 
 
 def eval_starts(corpus, split, T, most=0):
-    """Starts of non-overlapping windows of a held-out split, never random: `most` of them, evenly spread; 0: all."""
+    """Starts of non-overlapping windows of a held-out split, never random: `most` of them, evenly spread; 0: all. What
+    is left at the end of a domain, T tokens at most, is not scored."""
     starts = [s for _, start, end in corpus.domains(split) for s in range(start, end - T, T)]
     if not starts:
         raise ValueError(

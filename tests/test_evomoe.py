@@ -306,6 +306,23 @@ def test_resuming_at_every_border_equals_the_uninterrupted_run(corpus, tmp_path,
     assert all(torch.equal(t, b["optimizer"][name][key]) for name, m in a["optimizer"].items() for key, t in m.items())
 
 
+def test_a_spawn_that_lies_in_the_past_is_refused(corpus, tmp_path):
+    """A resumed run whose new length would have had its experts earlier: its gate would begin in its last phase."""
+    train_on(corpus, tmp_path / "out", diversify=0.75, save_every=4, gate_args="dense=0.5,hard=0.75")
+    (tmp_path / "out" / "ckpt_000008.pt").unlink()
+    with pytest.raises(ValueError, match="experts were due after step 2, but step 4 still has one per layer"):
+        train_on(corpus, tmp_path / "out", init_from="resume", diversify=0.25)
+    on = train_on(corpus, tmp_path / "out", init_from="resume", diversify=0.5, save_every=4)
+    assert [entry["experts_per_token"] > 1 for entry in on if entry.get("step") == 5 and "loss" in entry] == [True]
+
+
+def test_the_table_of_a_resumed_mixture_has_no_phase_of_one_expert(corpus, tmp_path, capsys):
+    train_on(corpus, tmp_path / "out", diversify=0.25)
+    assert "diversify" in capsys.readouterr().out
+    train_on(corpus, tmp_path / "out", init_from="resume", max_steps=100)
+    assert "diversify" not in capsys.readouterr().out.split("step     9")[0]
+
+
 def test_upcycling_a_dense_run(corpus, tmp_path, capsys):
     train_on(corpus, tmp_path / "dense", n_experts=1)
     held = train_on(
@@ -403,6 +420,19 @@ def test_gpt2_without_transformers_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install transformers"):
         evomoe.trained("gpt2", dist.Mesh())
+
+
+@pytest.mark.parametrize("V, known", [(50257, True), (300, False)])
+def test_gpt2s_weights_say_which_vocabulary_is_theirs(monkeypatch, V, known):
+    """Ids of a corpus with another tokenizer mean something else, however many there are. (Somebody's own GPT-2 has a
+    vocabulary of its own.)"""
+    theirs = types.SimpleNamespace(GPT2LMHeadModel=types.SimpleNamespace(from_pretrained=lambda name: name))
+    monkeypatch.setitem(__import__("sys").modules, "transformers", theirs)
+    monkeypatch.setattr(evomoe, "from_gpt2", lambda model: ({"bias": True}, {"wte.weight": torch.zeros(V, 2)}))
+    monkeypatch.setattr(evomoe, "gpt2_tokenizer", lambda: make_tokenizer("bytes", 0, ()))
+    fields, state = evomoe.trained("gpt2", dist.Mesh())
+    assert fields == {"bias": True}
+    assert state.get("vocabulary") == (make_tokenizer("bytes", 0, ()).fingerprint() if known else None)
 
 
 # -- floating-point operations ----------------------------------------------------------------------------------------
