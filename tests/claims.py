@@ -246,7 +246,8 @@ CLAIMS = {
         "EvoMoE ends at a lower loss than Switch, BASE, Hash and StableMoE at equal steps (GPT)",
         at_equal_time(METHODS), ("evomoe", "switch")),
     "evomoe_roberta": Claim(
-        "the same for masked language modelling", at_equal_time(METHODS | {"switch after the spawn": AFTER_SPAWN}),
+        "the same for masked language modelling", at_equal_time(METHODS | {
+            "switch after the spawn": AFTER_SPAWN, "hash after the spawn": "--gate=hash --diversify=0.05"}),
         ("evomoe", "switch"), "--objective=roberta"),
     "heads": Claim(
         "the same for masked language modelling with heads that start at random",
