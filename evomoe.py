@@ -105,8 +105,9 @@ def check(cfg, state):
     overdue = "optimizer" in state and spawn_step(cfg) < state["step"] < cfg.max_steps and not cfg.eval_only
     if overdue and is_dense(state) and cfg.n_experts > 1:
         raise ValueError(
-            f"--diversify={cfg.diversify} of --max_steps={cfg.max_steps}: experts were due after step {spawn_step(cfg)}, "
-            f"but step {state['step']} still has one per layer, and the gate's phases would be cut short: raise either"
+            f"--diversify={cfg.diversify} of --max_steps={cfg.max_steps}: experts were due after step "
+            f"{spawn_step(cfg)}, but step {state['step']} still has one per layer, and the gate's phases would be cut "
+            "short: raise either"
         )
     if cfg.teacher and not cfg.distill:
         raise ValueError(f"--teacher={cfg.teacher} teaches nothing without --distill=WEIGHT, 1 to 5")

@@ -725,7 +725,7 @@ class DTS(Gate):
         """What holds from the next call on: the temperature, the scale of the noise, and how far the bar has risen (0
         to 1, geometrically); in the phase "hard" only the k largest count."""
         low, high = self.bar_range
-        self.phase, self.noisy = phase, noise > 0
+        self.phase = phase
         self.tau.fill_(tau)
         self.noise.fill_(noise)
         self.bar.fill_(low * (high / low) ** tight)
@@ -737,8 +737,7 @@ class DTS(Gate):
 
     def forward(self, x, ids):
         z = self.weight[ids] if self.by_id else linear(x, self.weight)  # (N, E)
-        noisy = self.noisy and self.training
-        noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if noisy else 0.0
+        noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
         y = ((z + noise) / self.tau).softmax(1)
         top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.final_k, dim=1).indices, True)
         m = top | ((y > self.bar) & ~self.hard)
