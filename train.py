@@ -513,9 +513,8 @@ def assemble(cfg, state, mesh):
     in_bf16 = mesh.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = cfg.dtype or ("bfloat16" if in_bf16 else "float32")
     autocast = torch.autocast(mesh.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    phases = (
-        evomoe.show(cfg, mixture, dense_first) if objective.schedule_step(0) == 0 else ""
-    )  # fine-tuning: they are over
+    over = objective.schedule_step(0) > 0  # fine-tuning
+    phases = "" if over else evomoe.show(cfg, mixture, dense_first)
     first, again = state.get("step", 0), "optimizer" in state
     run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, phases, first=first, resumed=again)
     evomoe.set_step(mixture, cfg.max_steps, cfg)
