@@ -1402,6 +1402,10 @@ class Permuted(nn.Module):
         return self.gate.k
 
     @property
+    def ignores(self):
+        return self.gate.ignores
+
+    @property
     def loss_weights(self):
         return {**self.gate.loss_weights, "permutation": self.zeta}
 

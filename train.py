@@ -20,10 +20,9 @@ objectives is in data/objectives.py, what a run tells in data/log.py, the spawn 
     loss = task loss + sum of weights * auxiliary losses          the task loss is always reported alone
 
 Decisions:
-- Everything random is a function of (seed, step): data order, masks, routing noise. (With dropout, the masks of units
-  and the routing noise are also one of the rank: both draw from one stream, in which each draws for its own rows.) So a
-  resumed run equals an uninterrupted one without saving any generator, and the data order does not depend on the
-  number of processes.
+- Everything random is a function of (seed, step): data order, masks, routing noise. (With dropout, the units that are
+  dropped and the routing noise depend on the rank, too: step_seed.) So a resumed run equals an uninterrupted one
+  without saving any generator, and the data order does not depend on the number of processes.
 - batch_size is global. Each process takes its slice; a rank's loss is its share of the global one (its sum / the global
   number of targets), so gradients are only ever added up.
 - The log is out_dir/log.jsonl, one JSON object a line, beside what you see on the screen. Steps are counted in updates
@@ -530,7 +529,7 @@ def assemble(cfg, state, mesh):
 def without_effect(cfg, gates):
     """A note on flags of a mixture that the dense model, or this gate, has no use for, or ""."""
     with_what = f"--gate={cfg.gate}"
-    names = getattr(gates[0], "gate", gates[0]).ignores if gates else ()  # inside Permuted
+    names = gates[0].ignores if gates else ()
     if cfg.n_experts == 1:
         with_what = "--n_experts=1, the dense model"
         names = "k gate_args permute expert_hidden shared_hidden capacity_factor drop_order".split()
