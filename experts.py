@@ -252,7 +252,8 @@ class MoE(nn.Module):
 
     def apply_capacity(self, routing, place):
         """G with the overflow of each expert set to zero, per routing group."""
-        G, capacity, factor = routing.G, routing.capacity, self.capacity_factor if self.training else 0
+        G, capacity = routing.G, routing.capacity
+        factor = 0 if "capacity_factor" in self.gate.ignores or not self.training else self.capacity_factor
         if self.gate.drops_itself or capacity is None and not factor:
             return G
         priority = routing.priority

@@ -799,7 +799,7 @@ class ReMoE(Gate):
 
 def smooth_step(t, gamma):
     """S(t): 0 below -gamma/2, 1 above gamma/2, in between the cubic that joins them with a continuous slope
-    (arXiv:2106.03760). gamma is the width of the soft band. Outside it value and gradient are exact: 0 or 1, and 0."""
+    (arXiv:2002.07772). gamma is the width of the soft band. Outside it value and gradient are exact: 0 or 1, and 0."""
     t = (t / gamma).clamp(-0.5, 0.5)
     return (t * (1.5 - 2 * t * t) + 0.5).clamp(0, 1)  # the second clamp: a fused multiply-add may round below 0
 
@@ -1085,7 +1085,7 @@ def block_means(x, E):
 
 
 def locality_loss(p, place, eps):
-    """mean_v KL(Pbar_v || D_v): tokens that live on node v should choose experts that live on node v (LocMoE, eq. 9).
+    """mean_v KL(Pbar_v || D_v): tokens that live on node v should choose experts that live on node v (LocMoE, eq. 6).
 
     p (N, E); Pbar_v is the mean of p over all tokens of node v in the global batch. D_v puts 1 - eps evenly on the
     experts of node v and eps evenly on all others: without eps the loss would be infinite. The paper writes
@@ -1111,7 +1111,7 @@ class LocMoE(Gate):
     """A router without parameters, and a loss that keeps tokens on their node (LocMoE, arXiv:2401.13920).
 
         logit_e = mean of the e-th block of D/E features + noise      grouped average pooling; E divides D
-        G = softmax(logits) at the argmax, 0 elsewhere                top-1, section 3.1
+        G = softmax(logits) at the argmax, 0 elsewhere                top-1, section 3.2
 
     All gradient goes into x: the layers below and the norm's gain and bias are the router. The mean of D/E features has
     a tiny variance and the paper's softmax is almost flat, which scales every expert down by about E; unit_variance
@@ -1233,8 +1233,10 @@ class LocMoEPlus(Gate):
 #
 #     gradient = (1/n) sum_i w_i (grad log p_i(z_i) (l_i(z_i) - b_i) + grad l_i(z_i))
 #
-# It is unbiased for every baseline b_i that does not depend on z_i: tests/test_router.py enumerates. As a
-# loss: (1/n) sum_i [ sum_e G[i, e] l_i(e) + log_prob[i] * (l_i(z_i) - b_i).detach() ], log_prob = w_i log p_i(z_i).
+# It is unbiased for every baseline b_i that depends neither on z_i nor on what else decides w_i (who survives, row i's
+# noise): tests/test_router.py enumerates. As a loss, with log_prob = w_i log p_i(z_i):
+#
+#     (1/n) sum_i [ sum_e G[i, e] l_i(e) + log_prob[i] * (l_i(z_i) - b_i).detach() ]
 #
 # Inside a deep network both gates are a heuristic: w scales an expert's output instead of a loss, so activations stay
 # unbiased, but what follows is not linear, and attention mixes tokens: the "loss of a datapoint" becomes the loss of
@@ -1595,8 +1597,8 @@ def best_permutation(score):
 
 def cap_probability(delta, D):
     """P(|cos| >= delta) between a fixed direction and a uniformly random one in R^D: I_{1-delta^2}((D-1)/2, 1/2), the
-    regularised incomplete beta function, by its continued fraction. A float, accurate to about 1e-11 relative (1e-9
-    where delta is within 1e-9 of 1)."""
+    regularised incomplete beta function, by its continued fraction. A float, accurate to about 1e-10 relative for D
+    up to 1e5 (1e-9 where delta is within 1e-9 of 1)."""
     if delta <= 0 or delta >= 1:
         return float(delta <= 0)
 
@@ -1609,7 +1611,7 @@ def cap_probability(delta, D):
         log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
         return math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / (a * t)
 
-    a, x = (D - 1) / 2, 1 - delta * delta
+    a, x = (D - 1) / 2, (1 - delta) * (1 + delta)
     return betainc(x, a, 0.5) if x < (a + 1) / (a + 2.5) else 1 - betainc(delta * delta, 0.5, a)
 
 

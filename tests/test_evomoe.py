@@ -522,6 +522,29 @@ def test_a_split_that_shares_everything_keeps_the_function():
     assert not torch.equal(new.stack.blocks[1].ffn.experts.w1[0], old.stack.blocks[1].ffn.w1[0])  # reordered
 
 
+def test_every_expert_is_cut_from_its_own_neurons():
+    """Weights, biases and AdamW's moments of all four: the common neurons first, then each expert's own."""
+    flags = dict(gate="hash", bias=True, n_hidden=32, spawn="importance", spawn_ratio=0.5, diversify=0.1)
+    old, new = small_gpt(config(**flags), n_experts=1), small_gpt(config(**flags, expert_hidden=8))
+    e0, children = old.stack.blocks[1].ffn, new.stack.blocks[1].ffn.experts
+    before = train.make_optimizer(old, config(**flags))
+    old(torch.randint(V, (2, 16)))[0].square().mean().backward()
+    before.step()
+    after = train.make_optimizer(new, config(**flags))
+    score = {name: torch.rand(32) for name in ("stack.blocks.0.ffn", "stack.blocks.1.ffn")}
+    evomoe.grow(old, before, new, after, config(**flags, expert_hidden=8), score)
+    order = score["stack.blocks.1.ffn"].argsort(descending=True)
+    for e in range(4):
+        mine = torch.cat([order[:4], order[4:][e::4][:4]])
+        for name in ("w1", "w2", "b1"):
+            child, mother = getattr(children, name), getattr(e0, name)
+            assert torch.equal(child[e], mother[0, mine]), (name, e)
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment, hers = after.state[child][key], before.state[mother][key]
+                assert hers.abs().sum() > 0 and torch.equal(moment[e], hers[0, mine]), (name, e, key)
+        assert torch.equal(children.b2[e], e0.b2[0])
+
+
 def roberta(**flags):
     return RoBERTa(config(objective="roberta", n_experts=1, **flags), V, mask_id=V - 1)
 

@@ -286,6 +286,21 @@ def test_capacity_is_rounded_up_and_counts_per_group():
     assert slots == [11, 110, 11, 3, 6]  # exact products stay, others go up, and nobody needs more than all
 
 
+@pytest.mark.parametrize("name, args", [("locmoeplus", ""), ("locmoe", "delta=0.3"), ("skip", "")])
+def test_a_capacity_factor_that_a_gate_ignores_cuts_nothing(name, args):
+    """Nor behind a permutation that is being searched, which takes the gate's own capacity away."""
+    x, ids, _ = tokens()
+    for wrap in (lambda gate: gate, lambda gate: router.Permuted(gate, steps=100)):
+        kept = []
+        for factor in (0, 0.5):
+            torch.manual_seed(0)
+            gate = wrap(make_gate(name, args, D=D, E=E)).double()
+            gate.set_step(0)
+            layer = MoE(gate, Experts(E, D, H).double(), capacity_factor=factor)
+            kept.append(layer.apply_capacity(gate(x, ids), layer.place_of(x, None, None, None)))
+        assert torch.equal(*kept), wrap
+
+
 def test_what_the_log_says_about_two_layers():
     """Layer 1: all six tokens want expert 0, which has three slots; layer 2: two experts each, one of them shared."""
     wants = [F.one_hot(torch.zeros(6, dtype=torch.long), 4).double(), torch.tensor([[1.0, 1, 0, 0], [1, 0, 1, 0]] * 3)]

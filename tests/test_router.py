@@ -1181,6 +1181,25 @@ def test_gradients_by_finite_differences(make, E, k):
     assert torch.autograd.gradcheck(f, inputs, eps=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "make", [TopK, Switch, TopP, DeepSeekV3, ExpertChoice, DTS, ReMoE, LocMoE, LocMoEPlus, NoisyTopK, GShard, BASE]
+)
+def test_gradients_of_evaluated_weights(make):
+    """G by finite differences, with respect to x and to every weight that G depends on: which experts are asked does not
+    change in so small a step, their weights must."""
+    many = "k" in inspect.signature(make).parameters
+    gate = make(8, 4, **({"k": 2} if many else {})).double().eval()
+    for p in gate.parameters():
+        p.data.normal_()
+    gate.set_step(0)
+    names = [n for n, _ in gate.named_parameters() if n != "noise"]  # NoisyTopK's: in training only
+    x, ids = torch.randn(5, 8, dtype=torch.float64), torch.zeros(5, dtype=torch.long)
+    f = lambda x, *values: torch.func.functional_call(gate, dict(zip(names, values)), (x, ids)).G
+    inputs = [v.detach().clone().requires_grad_() for v in (x, *(dict(gate.named_parameters())[n] for n in names))]
+    assert torch.autograd.gradcheck(f, inputs, eps=1e-6, atol=1e-6)
+    assert all(g.abs().max() > 1e-4 for g in torch.autograd.grad(f(*inputs).square().sum(), inputs))
+
+
 @pytest.mark.parametrize("make", [COMET, DSelectK])
 @pytest.mark.parametrize("gamma", [0.01, 1.0, 10.0])
 def test_nothing_is_saturated_at_the_start(make, gamma):
@@ -1530,6 +1549,13 @@ def test_locmoe_is_quiet_at_evaluation():
     gate, x = LocMoE(8, 4, noise=1.0), torch.randn(30, 8)
     assert torch.equal(route(gate.eval(), x).G, route(LocMoE(8, 4).eval(), x).G)
     assert not torch.equal(route(gate.train(), x).G, route(LocMoE(8, 4), x).G)
+
+
+def test_locmoe_rectifies_what_the_noise_made():
+    gate, x, z, place = LocMoE(8, 4, noise=0.5, relu=True), torch.randn(30, 8), torch.randn(30, 4), Place(30)
+    place.normal = lambda *shape: z
+    p = (2**0.5 * (x.view(30, 4, 2).mean(2) + 0.5 * z).clamp(min=0)).softmax(1)
+    assert torch.allclose(gate(x, None, place).G, p * F.one_hot(p.argmax(1), 4))
 
 
 def test_locality_loss_by_hand():
@@ -2484,6 +2510,28 @@ def test_conditional_is_brute_force(c):
             assert torch.allclose(q[row], (logp[row] + V).log_softmax(0), atol=1e-9)
         if c == n:
             assert torch.allclose(q, logp)  # room for all: i.i.d.
+
+
+def test_matching_weighs_by_the_conditional_of_its_noise():
+    """The gate's own G, with noise that we know: the best of all assignments, and p / q by trying them all."""
+    gate, x, noise, place = (
+        GumbelMatching(k, k).double(),
+        torch.randn(n, k).double(),
+        Place(n).gumbel(k).double(),
+        Place(n),
+    )
+    gate.weight.data.normal_()
+    place.gumbel = lambda *shape: noise
+    G, logp = gate(x, None, place).G, (x @ gate.weight.T).log_softmax(1)
+    Z, i = assignments(n, k, c), torch.arange(n)
+    value = (logp + noise)[i, Z]  # (assignments, n)
+    best = Z[value.sum(1).argmax()]
+    assert torch.equal(G.argmax(1), best)
+    for row in range(n):
+        others = value.sum(1) - value[:, row]
+        V = torch.stack([others[Z[:, row] == e].max() for e in range(k)])
+        w = (logp[row] - (logp[row] + V).log_softmax(0)).exp()
+        assert torch.allclose(G[row], w * F.one_hot(best[row], k))
 
 
 def test_conditional_by_drawing_one_row_again():
