@@ -4,7 +4,7 @@ EvoMoE's curriculum: train one expert, spawn many from it, then let the gate lea
     python train.py --gate=dts                         the default; --diversify=SHARE is the first phase's length
 
     phase       experts  what happens (Nie et al. 2021, arXiv:2112.14397)
-    diversify   1        each MoE layer is one FFN: exactly the dense model
+    diversify   1        each MoE layer is one FFN: exactly the dense model (the paper's name; experts differ later)
     dense       E        experts spawned from it; the gate, not the model, is dense: it asks all (and may cool)
     tighten     E        the bar that a gate value must clear rises: each token keeps as many experts as clear it
     hard        E        the k best only
@@ -71,7 +71,7 @@ def phases(cfg, gate):
     """The table of a run with such gates: [(name, updates made before it, experts)], in order; phases without steps are
     left out."""
     S = spawn_step(cfg)
-    table = [("diversify", 0, 1)] * (S > 0)
+    table = [("diversify", 0, 1)] if S > 0 else []
     return table + [(name, S + first, cfg.n_experts) for name, first in gate.phases()]
 
 

@@ -51,7 +51,7 @@ def every_expert(x, G, experts):
 def expert_seed(seed, layer, e):
     """The seed of expert e (global number) of a layer: an even number, from which the spawn draws; the odd one after it
     is for the expert's own weights."""
-    return ((seed * 1009 + layer) * 1009 + e % 1009) * 2 + (e // 1009 << 58)
+    return ((seed * 1009 + layer) * 1009 + e % 1009) * 2 + (e // 1009 << 58)  # digits to the base 1009, a prime
 
 
 class Experts(nn.Module):
@@ -248,13 +248,14 @@ class MoE(nn.Module):
             of_group = [mesh.node if mesh.world > 1 else g * mesh.n_nodes // self.groups for g in range(self.groups)]
             node = torch.tensor(of_group).repeat_interleave(torch.tensor(sizes)).to(device)
             near = near_experts(mesh, self.gate.E, mesh.n_nodes).to(device)
-        return Place(sum(sizes), rows, n * mesh.world, sizes, domain, node, near, mesh if mesh.world > 1 else None)
+        return Place(sum(sizes), rows, total=n * mesh.world, sizes=sizes, domain=domain, node=node, near=near,
+                     mesh=mesh if mesh.world > 1 else None)  # fmt: skip
 
     def apply_capacity(self, routing, place):
         """G with the overflow of each expert set to zero, per routing group."""
         G, capacity = routing.G, routing.capacity
         factor = 0 if "capacity_factor" in self.gate.ignores or not self.training else self.capacity_factor
-        if self.gate.drops_itself or capacity is None and not factor:
+        if self.gate.drops_itself or (capacity is None and not factor):
             return G
         priority = routing.priority
         if priority is None:
@@ -278,7 +279,7 @@ class MoE(nn.Module):
         rows, my_counts, back = self.mesh.to_experts(rows, counts)
         rows = self.experts(rows, my_counts)
         rows = self.mesh.to_tokens(rows, back)  # (M, D), in the order in which they left
-        g = G.flatten().gather(0, token * E + expert)  # (M,)
+        g = G.flatten().gather(0, token * E + expert)  # (M,): G[token, expert], whose backward is slower
         y = torch.zeros(N, x.shape[1], dtype=g.dtype, device=x.device).index_add_(0, token, rows * g[:, None])
         return y.to(x.dtype), {"kept": counts, "table": back.table, "row_bytes": row_bytes}
 
@@ -326,13 +327,13 @@ def check_causality(moes, causal, cfg):
     moe = moes[0]
     gate = getattr(moe.gate, "gate", moe.gate)  # inside Permuted
     drops = (cfg.capacity_factor or getattr(gate, "capacity", None)) and "drop_order" not in gate.ignores
-    what = f"--gate={cfg.gate}" + f" (drop order: {moe.drop_order})" * bool(drops)
-    if moe.gate.looks_ahead == "always" and not cfg.insist:
+    what = f"--gate={cfg.gate}" + (f" (drop order: {moe.drop_order})" if drops else "")
+    if gate.looks_ahead == "always" and not cfg.insist:
         raise ValueError(
             f"{what} looks at later tokens, even at evaluation: it cannot run in a causal model (--insist "
             "to do it all the same)"
         )
-    if moe.gate.looks_ahead == "always":
+    if gate.looks_ahead == "always":
         return f"note: {what} looks at later tokens, at evaluation too: the held-out loss means nothing\n"
     if gate.looks_ahead != "never" or (drops and moe.drop_order != "arrival"):
         return f"note: {what} looks at later tokens in training; evaluation does not\n"

@@ -212,7 +212,7 @@ class GPT(Model):
         self.init_weights()
 
     def forward(self, x, domain=None, pick=None):
-        """x (B, T) token ids, domain (B, T) or None -> logits (B, T, V), aux."""
+        """x (B, T) token ids, domain (B, T) or None -> logits (B, T, V), or (M, V) where pick (B, T) is True; aux."""
         h, aux = self.stack(self.embed(x), x, domain=domain)
         return self.head(h, pick), aux
 

@@ -104,13 +104,14 @@ class Gate(nn.Module):
         self.loss_weights = {}
 
     def __call__(self, x, ids, place=None):
-        self.place = place or Place(len(x))
+        self.place = place or Place(len(x))  # an attribute, so that forward needs x and ids only
         routing = super().__call__(x, ids)
         if not isinstance(routing, Routing):
             raise TypeError(f"{type(self).__name__}.forward must return Routing(G, aux), not {type(routing).__name__}")
         return routing
 
     def forward(self, x, ids):
+        """x (N, D) hidden vectors, ids (N,) token ids -> Routing. What else it may read is in self.place."""
         raise NotImplementedError
 
     def set_step(self, step):
@@ -659,10 +660,10 @@ class DTS(Gate):
         hard     after hard=0.06    tau_min                                     k
 
     The knob dense is where the phase dense ends, hard where the phase hard begins, shares of the steps since the
-    experts exist; threshold and tighten are the bar's first and last value. Above a bar of 0.5 there is
-    room for one expert only, so nothing jumps at the end. G is not renormalised: with k = 1 that would leave the router
-    without a gradient. A dropped expert gets no gradient, but comes back when its score does: it is part of the others'
-    softmax. More knobs:
+    experts exist; threshold and tighten are the bar's first and last value. Above a bar of 0.5 there is room for
+    one expert only, so nothing jumps at the end. G is not renormalised: with k = 1 a weight would always be 1, and
+    the router would get no gradient. A dropped expert gets no gradient, but comes back when its score does: it is
+    part of the others' softmax. More knobs:
         noise    none; annealed (s from 1 to 0 over the dense phase); constant (s = 1). None at evaluation
         init     scale of W, not of the table by id; 1 gives logits of unit variance
         reads    content; or id: the logits are a learned table by token id, what Hash reads
@@ -753,13 +754,13 @@ class ReMoE(Gate):
         L1 = lambda * sum_e f_e mean_n G[n, e],  f_e = E / k * share of tokens at e           dear where it is crowded
         after each step  lambda *= alpha^sign(experts per token - k)          on the global batch since the last step
 
-    lambda starts at 1e-8 and is felt after 60 to 100 steps; then the number of experts falls to k, a mean over tokens,
-    and no capacity fits before. Traps: a token may get no expert at all (a row of zeros: it passes by this layer). What
-    is off has no gradient and comes back with a change of x only: our default with k = 1 overshot at step 85 and was at
-    0.6 to 0.7 from 200 to 300. W has no bias: it can close an expert because the tokens' vectors have a common mean;
-    had they none, half of the scores would stay positive. The authors share one lambda between the layers, which so may
-    differ in their experts per token; a gate knows one layer. At sign 0 their code lowers lambda, the paper and we
-    leave it. It stays between its start and 1000: ours.
+    lambda starts at 1e-8 and is felt after 60 to 100 steps; then the number of experts falls to k, a mean over
+    tokens, and no capacity fits before. Traps: a token may get no expert at all (a row of zeros: it passes by this
+    layer). What is off has no gradient and comes back with a change of x only: our default with k = 1 overshot at
+    step 85 and kept 0.6 to 0.7 experts per token from step 200 to 300. W has no bias: it can close an expert
+    because the tokens' vectors have a common mean; had they none, half of the scores would stay positive. The
+    authors share one lambda between the layers, which so may differ in their experts per token; a gate knows one
+    layer. At sign 0 their code lowers lambda, the paper and we leave it. It stays between its start and 1000: ours.
 
     Reads: content. Balanced by: f_e in the price. Looks ahead: never.
     """
@@ -1015,7 +1016,7 @@ class StableMoE(Gate):
 
     def phases(self):
         stages = ("learn", 0), ("frozen", self.stage1_steps)
-        return [stages[0]] * (self.stage1_steps > 0) + [stages[1]]
+        return [*stages] if self.stage1_steps > 0 else [stages[1]]
 
     def set_step(self, step):
         self.stage.fill_(1 if step < self.stage1_steps else 2)

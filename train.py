@@ -14,7 +14,8 @@ Train a mixture-of-experts Transformer: the manual.
 
 Flags are the fields of Config below, always --name=value (a bare --flag means true); --help lists them.
 
-Read from the top: Config; the loss; one training step; evaluation; the loop; how a run is set up. What differs between
+Read from the top: Config; the loss; one training step; evaluation; the loop. The last third sets a run up: skip it at
+first. What differs between
 objectives is in data/objectives.py, what a run tells in data/log.py, the spawn in evomoe.py.
 
     loss = task loss + sum of weights * auxiliary losses          the task loss is always reported alone
@@ -39,7 +40,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on the CPU: a step is 15 % faster
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what fails arrives as an exception, too; INFO: C++ tells all
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # errors come as exceptions anyway; INFO shows C++'s own
 import torch
 import torch.nn.functional as F
 
@@ -94,9 +95,11 @@ class Config:
     grad_accum: int = flag(1, "micro-batches that a step is cut into, to save memory; must divide batch_size", 1)
     max_steps: int = flag(600, "optimizer steps", 1, 10**9)
     learning_rate: float = flag(4e-3, "peak; 2e-3 to 4e-3 for models as small as this, 1e-4 to 1e-3 for large", 1e-12)
-    min_lr: float = flag(0.1, "final learning rate as a share of the peak", 0, 1)
+    min_lr: float = flag(0.1, "final learning rate, as a share of the peak (nanoGPT's is absolute)", 0, 1)
     schedule: str = flag("cosine", "cosine or inverse_sqrt (Vaswani's)", one_of=("cosine", "inverse_sqrt"))
-    warmup: int = flag(200, "steps until the peak, at most half the run; with 50 or 100 the early loss is luck", 0)
+    warmup: int = flag(
+        200, "steps until the peak, at most half the run; with 50 or 100 the early loss varies by seed", 0
+    )
     weight_decay: float = flag(0.1, "on matrices outside the gates; not on biases, gains, embeddings of positions", 0)
     beta2: float = flag(0.98, "AdamW's; 0.95 to 0.999", 0, 0.999999)
     grad_clip: float = flag(1.0, "global gradient norm; 0: no clipping", 0)
@@ -185,23 +188,15 @@ def train_step(run, net, batch):
     """
     cfg, mesh = run.cfg, run.mesh
     n_targets = max(1, int((batch["y"] >= 0).sum()))  # of the global batch
-    weights, task, logged = run.model.loss_weights(), torch.zeros((), device=mesh.device), {}
+    task, logged = torch.zeros((), device=mesh.device), {}
     for micro in batches.micro_batches(batch, cfg.grad_accum, mesh):
         with run.autocast, evomoe.watch(run.model if run.teacher else None) as seen:  # seen: for distill alone
             out = task_loss(net, micro, cfg.label_smoothing)
-        loss, aux = out.smoothed.sum() / n_targets, out.aux
-        if run.teacher:
-            terms = distill(run, seen, micro, n_targets)
-            loss = loss + cfg.distill * sum(terms.values())
-            logged |= {name: logged.get(name, 0) + value.detach() for name, value in terms.items()}
-        if "log_prob" in aux:
-            term = score_function_term(aux.pop("log_prob"), out.nll, out.pick, cfg.batch_size // cfg.grad_accum, mesh)
-            loss = loss + weights["log_prob"] * term / cfg.grad_accum
-        for name, value in aux.items():  # over all ranks' micro-batch; the gradient is this rank's share
-            loss = loss + weights.get(name, 0) * value / cfg.grad_accum
-            logged[name] = logged.get(name, 0) + value.detach() / cfg.grad_accum
+        extra, values = auxiliary_losses(run, out, seen, micro, n_targets)
+        loss = out.smoothed.sum() / n_targets + extra
         loss.backward()
         task += out.nll.detach().sum() / n_targets
+        logged = {name: logged.get(name, 0) + value.detach() for name, value in values.items()}
     mesh.sync_grads(run.model)
     norm = mesh.clip_grad_norm(run.model, cfg.grad_clip)
     if torch.isfinite(norm):  # the same number on every rank
@@ -210,6 +205,22 @@ def train_step(run, net, batch):
         for gate in run.model.gates():
             gate.update()
     return task, logged, norm
+
+
+def auxiliary_losses(run, out, seen, micro, n_targets):
+    """What one micro-batch adds to its task loss: a distillation, and what the gates ask for. -> their weighted sum;
+    {name: value}. A gate's value is that of all ranks' tokens; its gradient is this rank's share."""
+    cfg, weights, extra, values = run.cfg, run.model.loss_weights(), 0.0, {}
+    if run.teacher:
+        values |= distill(run, seen, micro, n_targets)
+        extra = cfg.distill * sum(values.values())
+    for name, value in out.aux.items():
+        if name == "log_prob":  # of a gate that samples: no loss yet, but what one is made of
+            value = score_function_term(value, out.nll, out.pick, cfg.batch_size // cfg.grad_accum, run.mesh)
+        else:
+            values[name] = value / cfg.grad_accum
+        extra = extra + weights.get(name, 0) * value / cfg.grad_accum
+    return extra, values
 
 
 def distill(run, seen, micro, n_targets):
@@ -323,14 +334,15 @@ def loop(run, log, clock):
         torch.manual_seed(step_seed(step, cfg, mesh))
         # 2. gradients and update
         batch = objective.train_batch(step, mesh.n_nodes)
-        task, aux, norm = train_step(run, net, batch)
+        task, logged, norm = train_step(run, net, batch)
         if not torch.isfinite(norm):
             raise dist.diverged("the loss or its gradient is", step + 1, cfg.out_dir, possible)
         # 3. tell, evaluate, save
-        done, last, stopping = step + 1, step + 1 == cfg.max_steps, mesh.any(bool(stop or run.unheard))
+        done, last = step + 1, step + 1 == cfg.max_steps
+        stopping = mesh.any(bool(stop or run.unheard))  # on any rank
         clock.tokens += batch["x"].numel()
         if done % cfg.log_every == 0 or done == 1:
-            entry, line = describe(run, done, batch, task, aux)
+            entry, line = describe(run, done, batch, task, logged)
             times, speed = clock.read(done)
             run.say(f"{line} | {speed}")
             log({"step": done, **entry, "lr": learning_rate(step, cfg), "norm": float(norm), **times})
@@ -403,18 +415,17 @@ def resumed(given, mesh):
     evomoe.agree(given, state["config"], path, "--out_dir", () if resumes else ("init_from",))
     of_this_start = "eval_only sample device timeout".split()
     old = {name: value for name, value in state["config"].items() if name not in of_this_start}
-    layout = dict(ep=0, ranks_per_node=0, two_level=False)
-    layout = {name: given.get(name, old.get(name, default)) for name, default in layout.items()}
-    kept = old
+    layout = {name: given.get(name, old.get(name, 0)) for name in ("ep", "ranks_per_node", "two_level")}
+    base = old
     try:
         dist.check_layout(mesh.world, configure({}, old).n_experts, **layout)
     except ValueError:  # made for another number of processes
-        kept = {name: value for name, value in old.items() if name not in layout}
+        base = {name: value for name, value in old.items() if name not in layout}
     # init_from goes on telling what the whole run began with; out_dir is where it was found, not where it was written
     given = {name: value for name, value in given.items() if name != "init_from"} | {"out_dir": out_dir}
     if given.get("distill") == 0:
-        kept["teacher"] = old["teacher"] = ""
-    cfg = configure(given, kept)
+        base["teacher"] = old["teacher"] = ""
+    cfg = configure(given, base)
     if resumes and cfg.max_steps < state["step"]:
         raise ValueError(
             f"--max_steps={cfg.max_steps}: {path} is already at step {state['step']}; give at least that many"
@@ -526,10 +537,10 @@ def assemble(cfg, state, mesh):
     return run
 
 
-def without_effect(cfg, gates):
+def without_effect(cfg, its_gates):
     """A note on flags of a mixture that the dense model, or this gate, has no use for, or ""."""
     with_what = f"--gate={cfg.gate}"
-    names = gates[0].ignores if gates else ()
+    names = its_gates[0].ignores if its_gates else ()
     if cfg.n_experts == 1:
         with_what = "--n_experts=1, the dense model"
         names = "k gate_args permute expert_hidden shared_hidden capacity_factor drop_order".split()

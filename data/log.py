@@ -13,18 +13,19 @@ from dist import checkpoints, load_usable
 from experts import log_stats
 
 
-def describe(run, done, batch, task, aux):
-    """What the log says about a step. -> (dict for log.jsonl, line for the screen). Collective."""
+def describe(run, done, batch, task, logged):
+    """What the log says about a step, from what train_step gave. -> (dict for log.jsonl, line for the screen).
+    Collective."""
     cfg, mesh, moes, gates = run.cfg, run.mesh, run.model.moes(), run.model.gates()
     stats, state = log_stats(moes, mesh), gates[0].report() if gates else {}
     values = {"loss": float(mesh.all_reduce(task))}
-    for name, value in aux.items():  # per layer; the distillation terms are shares of ranks
+    for name, value in logged.items():  # per layer; the distillation terms are shares of ranks
         values[name] = float(mesh.all_reduce(value)) if name in ("mse", "kl") else float(value) / max(1, len(moes))
     targets = int((batch["y"] >= 0).sum()) / batch["x"].numel()
     flops = run.model.flops_per_token(stats.get("experts_per_token", 1), batch["x"].shape[1], targets)
     weights = run.model.loss_weights()
     parts = [f"step {done:5d}/{cfg.max_steps}", f"loss {values['loss']:.4f}"]
-    parts += [f"{name} {values[name]:.3f}" for name in aux if weights.get(name) or name in ("mse", "kl")]
+    parts += [f"{name} {values[name]:.3f}" for name in logged if weights.get(name) or name in ("mse", "kl")]
     parts += [" ".join(v if isinstance(v, str) else f"{k} {v:.2f}" for k, v in state.items())] if state else []
     if stats:
         parts += [f"experts/token {stats['experts_per_token']:.2f}", f"dropped {stats['dropped']:.1%}",

@@ -34,7 +34,11 @@ class Objective:
     in_bytes   report bits per byte of the original text, too?
     """
 
-    defaults, kind, causal, continues, in_bytes = {}, "text", False, None, False
+    defaults = {}
+    kind = "text"
+    causal = False
+    continues = None
+    in_bytes = False
 
     def __init__(self, corpus, cfg):
         self.corpus, self.cfg, self.n_domains = corpus, cfg, len(corpus.domains("train"))

@@ -1185,8 +1185,8 @@ def test_gradients_by_finite_differences(make, E, k):
     "make", [TopK, Switch, TopP, DeepSeekV3, ExpertChoice, DTS, ReMoE, LocMoE, LocMoEPlus, NoisyTopK, GShard, BASE]
 )
 def test_gradients_of_evaluated_weights(make):
-    """G by finite differences, with respect to x and to every weight that G depends on: which experts are asked does not
-    change in so small a step, their weights must."""
+    """G by finite differences, with respect to x and to every weight that G depends on. Which experts are asked does
+    not change in so small a step; with what weight must."""
     many = "k" in inspect.signature(make).parameters
     gate = make(8, 4, **({"k": 2} if many else {})).double().eval()
     for p in gate.parameters():
