@@ -132,19 +132,27 @@ def smooth(values, n=5):
 def over_steps(title, value, paired=True, timed=False):
     """A picture: value(log entry) over the steps, smoothed, mean and band over seeds, a line for each contestant.
     paired: less the first contestant's of the same seed, so that what all see in common is gone. timed: over the CPU
-    time instead, at the mean pace of a contestant's runs: less what the first one has by that time."""
+    time instead, at the mean pace of a contestant's runs: less what the first one has by that time: what it has at the
+    same step, of the same batch, and how far it falls until then, by means over a third of the run so far."""
 
     def draw(logs):
-        first, lines = next(iter(logs)), {}
+        first, lines, at = next(iter(logs)), {}, {}
         curve = lambda log: np.array(smooth([value(e) for e in training(log)]))
-        at = {}
         for contestant, runs in logs.items():
+            if "time" in contestant or "labels" in contestant:
+                continue
             pace = statistics.mean(seconds(log) / steps(log) for log in runs) if timed else 1
             at[contestant] = [pace * e["step"] for e in training(runs[0])]
-            x = [t for t in at[contestant] if t <= at[first][-1]]
-            zero = [np.interp(x, at[first], curve(log)) if paired else 0.0 for log in logs[first]]
-            if "time" not in contestant and "labels" not in contestant:
-                lines[contestant] = band([list(zip(x, curve(log)[: len(x)] - z)) for log, z in zip(runs, zero)])
+            x = [t for t in at[contestant][: len(at[first])] if t <= at[first][-1]]
+            rows = []
+            for log, zero in zip(runs, logs[first]):
+                n, y = len(x), curve(log)[: len(x)]
+                if paired:
+                    c = curve(zero)
+                    slow = np.array([c[i - i // 3 : i + 1].mean() for i in range(len(c))])
+                    y = y - c[:n] + slow[:n] - np.interp(x, at[first], slow)
+                rows.append(list(zip(x, y)))
+            lines[contestant] = band(rows)
         less = f" less that of {first}" if paired else ""
         return f"{title}{less}, mean and band over seeds", lines, "CPU seconds" if timed else "steps"
 
