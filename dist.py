@@ -60,7 +60,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 class Back(NamedTuple):
-    """What to_tokens needs to send the rows back to their sources."""
+    """What to_experts leaves behind: sizes and link for to_tokens, the table for the log (Mesh.traffic)."""
 
     table: torch.Tensor  # (ep, E) int64 on the device: rows from each rank of the ep group
     sizes: torch.Tensor | None  # (ep source, ep target, E/ep) the same on the CPU; None when nothing is sent
@@ -154,11 +154,11 @@ class Mesh:
         """
         if self.ep == 1:
             return rows, counts, Back(counts[None], None, None)
-        table = counts.new_empty(self.ep, len(counts))
+        table = counts.new_empty(self.ep, len(counts))  # (ep, E): row r is rank r's counts
         td.all_gather(list(table), counts.contiguous(), group=self.process_groups["ep"])
-        sizes = table.view(self.ep, self.ep, -1)
-        my_counts = sizes[:, self.ep_rank].sum(0)
-        sizes = sizes.cpu()
+        sizes = table.view(self.ep, self.ep, -1)  # (source rank, target rank, E / ep)
+        my_counts = sizes[:, self.ep_rank].sum(0)  # (E / ep,)
+        sizes = sizes.cpu()  # the sync: how many rows go where must be known here
         if torch.is_grad_enabled() and rows.is_floating_point() and not rows.requires_grad:
             rows = rows.detach().requires_grad_()  # frozen below: take part in backward all the same
         rows, link = AllToAll.apply(rows, None, sizes, self)

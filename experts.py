@@ -49,8 +49,8 @@ def every_expert(x, G, experts):
 
 
 def expert_seed(seed, layer, e):
-    """The seed of expert e (global number) of a layer: an even number, from which the spawn draws; the odd one after it
-    is for the expert's own weights."""
+    """The seed of expert e (global number) of a layer: an even number, from which the spawn draws (which numbers the
+    mixtures, not the layers); the odd one after it is for the expert's own weights."""
     return ((seed * 1009 + layer) * 1009 + e % 1009) * 2 + (e // 1009 << 58)  # digits to the base 1009, a prime
 
 
@@ -279,7 +279,7 @@ class MoE(nn.Module):
         rows, my_counts, back = self.mesh.to_experts(rows, counts)
         rows = self.experts(rows, my_counts)
         rows = self.mesh.to_tokens(rows, back)  # (M, D), in the order in which they left
-        g = G.flatten().gather(0, token * E + expert)  # (M,): G[token, expert], whose backward is slower
+        g = G.flatten().gather(0, token * E + expert)  # (M,) = G[token, expert], with a faster backward
         y = torch.zeros(N, x.shape[1], dtype=g.dtype, device=x.device).index_add_(0, token, rows * g[:, None])
         return y.to(x.dtype), {"kept": counts, "table": back.table, "row_bytes": row_bytes}
 

@@ -523,7 +523,7 @@ class DeepSeekV3(Gate):
 
     b takes part in the choice only: no gradient reaches it and it never enters a weight. For k = 1 the weight is s
     itself: divided by its sum it would be 1, without a gradient. expert_groups > 1 limits where a token may go: experts
-    form equal groups (nodes), a group's score is the sum of its two largest s + b, and the best keep_groups compete.
+    form equal groups (nodes), a node's score is the sum of its two largest s + b, and the best keep_groups compete.
     gamma becomes 0 after the share `anneal` of the mixture's steps (14.3T of 14.8T tokens). Paper: k = 8 of 256, 4 of 8
     groups, route_scale 2.5 and a shared expert beside the routed ones (--shared_hidden). expert_groups, keep_groups
     (their n_expert_groups, n_limited_groups) and route_scale have the defaults of their code.
@@ -817,14 +817,15 @@ class DSelectK(Gate):
         r_j(e) = product over bits t of s_jt if bit t of e is set, else 1 - s_jt      most significant bit first
         G(e) = sum_j softmax(x A^T + c)_j r_j(e)
 
-    Starts dense and ends with at most k experts per token, once all bits are saturated: use it without capacity. Codes
-    above E - 1 hold mass when E is no power of two, so rows sum to 1 or less; they are not renormalised.
-    static=True drops x: all tokens share one row. W and b start in U(+-gamma/100): z has then a standard deviation of
-    gamma sqrt(D) / 170, and hardly a bit is saturated.
+    Starts dense; k experts per token or fewer once all bits are saturated, which nothing enforces: use it without
+    capacity. Codes above E - 1 hold mass when E is no power of two, so rows sum to 1 or less; they are not
+    renormalised. static=True drops x: all tokens share one row. W and b start in U(+-gamma/100): z has then a standard
+    deviation of gamma sqrt(D) / 170, and hardly a bit is saturated.
         entropy     mean_n sum_j H(r_j), hardens the bits. Authors' code: 1e-6 times the sum over the batch; we take the
                     mean, as COMET does, with 0.01 (the same at 10k tokens)
         reciprocal  mean_n sum_j 1 / (1e-6 + sum_e r_j(e)), pulls mass off unused codes, if any; k at best. Authors'
-                    code: a sum and no 1e-6, infinite for a selector wholly on an unused code
+                    code: a sum and no 1e-6. A selector wholly on an unused code gets no gradient either way; near one
+                    the loss is steep, so clip gradients
 
     Reads: content. Balanced by: nothing. Looks ahead: never.
     """
@@ -1189,6 +1190,7 @@ class LocMoEPlus(Gate):
             capacity_factor=(capacity_factor, capacity_factor > 0, "above 0"),
         )
         self.eps, self.capacity_factor, self.floor = eps, capacity_factor, floor
+        # of random directions: the mean of the k largest of E normal cosines, whose deviation is D**-0.5
         z = torch.randn(4096, E, generator=torch.Generator().manual_seed(0))
         self.register_buffer("least", z.topk(k, dim=1).values.relu().mean() * D**-0.5)
         self.loss_weights = {"balance": balance, "locality": locality}
@@ -1343,7 +1345,7 @@ class GumbelMatching(Gate):
 
 
 def score_function_term(log_prob, nll, pick, n_global, mesh):
-    """The gradient that reaches a sampling gate (REINFORCE): sum over sequences of advantage * log_prob / all.
+    """The gradient that reaches a sampling gate (REINFORCE): sum over sequences of advantage * log_prob, over n_global.
 
     log_prob (B,): weight times log p of the sampled choice, summed over a sequence's tokens and layers; nll (M,) and
     pick (B, T) of the targets; n_global: number of all sequences. The advantage is the sequence's mean loss minus the
@@ -1391,7 +1393,8 @@ class Permuted(nn.Module):
             raise ValueError(f"Permuted: search={search} must be between 0 and 1")
         self.gate, self.D, self.E = gate, gate.D, gate.E
         self.looks_ahead, self.drop_order, self.drops_itself = gate.looks_ahead, gate.drop_order, gate.drops_itself
-        self.window, self.official, self.zeta = max(1, round(search * steps)), schedule == "official", zeta
+        self.window = max(2, round(search * steps))  # its last update has the hard P already
+        self.official, self.zeta = schedule == "official", zeta
         self.logits = nn.Parameter((torch.rand(self.E, self.E) - 0.5) / 10)
         self.register_buffer("source", torch.arange(self.E))  # the hard P: expert e is fed by output source[e]
         self.register_buffer("updates", torch.tensor(0))  # made so far

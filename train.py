@@ -14,9 +14,9 @@ Train a mixture-of-experts Transformer: the manual.
 
 Flags are the fields of Config below, always --name=value (a bare --flag means true); --help lists them.
 
-Read from the top: Config; the loss; one training step; evaluation; the loop. The last third sets a run up: skip it at
-first. What differs between
-objectives is in data/objectives.py, what a run tells in data/log.py, the spawn in evomoe.py.
+Read from the top: Config; the loss; one training step; evaluation; the loop. The last third sets a run up: skip it
+at first. What differs between objectives is in data/objectives.py, what a run tells in data/log.py, the spawn in
+evomoe.py.
 
     loss = task loss + sum of weights * auxiliary losses          the task loss is always reported alone
 
@@ -215,7 +215,7 @@ def auxiliary_losses(run, out, seen, micro, n_targets):
         values |= distill(run, seen, micro, n_targets)
         extra = cfg.distill * sum(values.values())
     for name, value in out.aux.items():
-        if name == "log_prob":  # of a gate that samples: no loss yet, but what one is made of
+        if name == "log_prob":  # of a gate that samples: a loss only when multiplied by how good the choice was
             value = score_function_term(value, out.nll, out.pick, cfg.batch_size // cfg.grad_accum, run.mesh)
         else:
             values[name] = value / cfg.grad_accum
@@ -320,7 +320,8 @@ def train(run):
 
 def loop(run, log, clock):
     """-> True at the end, False if somebody stopped it before."""
-    cfg, mesh, objective, stop = run.cfg, run.mesh, run.objective, dist.stop_on_signals()
+    cfg, mesh, objective = run.cfg, run.mesh, run.objective
+    stop = dist.stop_on_signals()  # a list, empty until somebody asks the run to stop
     val = objective.corpus.held_out()[0]
     run.model.train()
     net = run.compiled()

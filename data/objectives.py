@@ -49,7 +49,7 @@ class Objective:
         raise NotImplementedError
 
     def batch(self, split, rows, rng):
-        """rows: first tokens of windows, or numbers of pairs, from `train_batch` or `rows` -> the batch, see above."""
+        """rows: where windows begin, or numbers of pairs, from `train_batch` or `rows` -> the batch, see above."""
         raise NotImplementedError
 
     def sample(self, run, prompt):

@@ -170,7 +170,9 @@ def test_the_weights_of_the_losses_are_those_of_the_papers_or_as_documented():
     weights = {name: make_gate(name, **gate_args(name)).loss_weights for name in gates()}
     known = dict(switch={"balance": 0.01}, noisytopk={"importance": 0.1, "load_cv": 0.1}, deepseekv3={"balance": 1e-4},
                  topp={"balance": 0.01, "entropy": 1e-4}, skip={"log_prob": 0.01}, gumbelmatching={"log_prob": 0.01},
-                 locmoe={"balance": 0.01, "locality": 0.01})  # fmt: skip
+                 locmoe={"balance": 0.01, "locality": 0.01}, locmoeplus={"balance": 0.01, "locality": 0.01},
+                 topk={"balance": 0.01}, gshard={"balance": 0.01}, dselectk={"entropy": 0.01, "reciprocal": 1.0},
+                 comet={"entropy": 0.1}, remoe={"l1": 1.0}, stablemoe={"balance": 0.3, "distill": 1.0})  # fmt: skip
     for name, expected in known.items():
         assert expected.items() <= weights[name].items(), (name, weights[name])
 
@@ -496,6 +498,20 @@ def test_topk_by_hand(k, want, tied):
     assert np.allclose(G[0].tolist(), want) and np.allclose(sorted(G[1].tolist()), tied)
 
 
+def test_every_choice_counts_in_topk_balance():
+    """Of two tokens both ask for expert 1, one for 0, one for 2: shares 1/4, 1/2, 1/4 of four choices."""
+    r = route(identity(TopK, 3, k=2), doubles([[3, 6, 1], [1, 6, 3]]).log())
+    assert r.aux["balance"].item() == pytest.approx(3 * (0.25 * 0.2 + 0.5 * 0.6 + 0.25 * 0.2))
+
+
+def test_gshard_serves_first_choices_first():
+    assert GShard.drop_order == "choice"
+
+
+def test_noisy_topk_starts_without_an_opinion():
+    assert not any(p.any() for p in router.NoisyTopK(6, 4).parameters())
+
+
 @pytest.mark.parametrize(
     "cls, k",
     [(TopK, 1), (TopK, 2), (TopK, 5), (NoisyTopK, 1), (NoisyTopK, 2), (NoisyTopK, 5), (Switch, 1), (GShard, 2)],
@@ -793,6 +809,8 @@ def test_deepseek_balance_by_hand():
     x = torch.tensor([[1.0, 0], [1, 0], [1, 0], [-1, 0]])
     P0 = (3 * 0.6 + 1 / 3) / 4
     assert gate(x, torch.zeros(4)).aux["balance"].item() == pytest.approx(2 * (0.75 * P0 + 0.25 * (1 - P0)))
+    gate.bias.copy_(torch.tensor([0.0, 9.0]))  # now all choose expert 1, and that is what counts
+    assert gate(x, torch.zeros(4)).aux["balance"].item() == pytest.approx(2 * (1 - P0))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -1031,7 +1049,9 @@ def test_dselectk_by_enumeration(E, k):
     assert torch.allclose(r.aux["entropy"], entropies.sum(1).mean(), atol=1e-5)
     power = E & (E - 1) == 0
     assert torch.allclose(r.G.sum(1), torch.ones(7)) == power and bool((r.G.sum(1) < 1 + 1e-5).all())
-    assert ("reciprocal" not in r.aux) if power else r.aux["reciprocal"] > k
+    used = (1 / (1e-6 + code.sum(2))).sum(1).mean()
+    assert ("reciprocal" not in r.aux) if power else r.aux["reciprocal"].item() == pytest.approx(used.item(), rel=1e-5)
+    assert power or used > 1.01 * k
     total_loss(gate, r).backward()
     assert (gate.mix.grad.abs().max() == 0) == (k == 1)  # one selector: its softmax is the constant 1
 
@@ -1116,6 +1136,16 @@ def test_comet_is_a_distribution(E, k):
     gate.leaf_bias += 50
     assert torch.allclose(gate(x, ids).G, G, atol=1e-5)  # one softmax: a constant on all pairs changes nothing
     assert torch.allclose(gate(x[3:4], ids[3:4]).G, G[3:4], atol=1e-5)  # one token
+
+
+def test_comet_entropy_is_of_the_trees_not_of_their_weights():
+    gate, x = COMET(6, 4, 3), torch.randn(20, 6)  # two levels
+    for p in gate.parameters():
+        p.data.normal_(0, 0.3)
+    h = smooth_step((x @ gate.split.T + gate.split_bias).view(20, 3, 3), 1.0)  # root, left, right
+    p = torch.stack([h[..., 0] * h[..., 1], h[..., 0] * (1 - h[..., 1]),
+                     (1 - h[..., 0]) * h[..., 2], (1 - h[..., 0]) * (1 - h[..., 2])], 2)  # fmt: skip
+    assert gate(x, None).aux["entropy"].item() == pytest.approx(-(p * (p + 1e-6).log()).sum((1, 2)).mean().item())
 
 
 def test_comet_undecided():
@@ -2532,6 +2562,19 @@ def test_matching_weighs_by_the_conditional_of_its_noise():
         V = torch.stack([others[Z[:, row] == e].max() for e in range(k)])
         w = (logp[row] - (logp[row] + V).log_softmax(0)).exp()
         assert torch.allclose(G[row], w * F.one_hot(best[row], k))
+
+
+def test_locmoeplus_losses_by_hand():
+    """Two choices a token, four nodes of two experts each."""
+    gate, x, node = LocMoEPlus(32, 8, k=2), torch.randn(40, 32), torch.arange(40) // 10
+    r = gate(x, None, Place(40, node=node, near=HOMES))
+    cos = x.view(40, 8, 4).sum(2) / x.norm(dim=1, keepdim=True) / 2  # |w_e| = 1/2: four ones, over four
+    p = (32**0.5 * cos).softmax(1)
+    chosen = torch.zeros(40, 8).scatter(1, p.topk(2, dim=1).indices, 1.0)
+    assert r.aux["balance"].item() == pytest.approx(8 * (chosen.mean(0) / 2 * p.mean(0)).sum().item(), rel=1e-5)
+    target = torch.where(HOMES, 0.9 / 2, 0.1 / 6)
+    kl = [(m * (m / target[v]).log()).sum().item() for v in range(4) for m in [p[node == v].mean(0)]]
+    assert r.aux["locality"].item() == pytest.approx(sum(kl) / 4, rel=1e-4)
 
 
 def test_conditional_by_drawing_one_row_again():
