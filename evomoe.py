@@ -137,7 +137,11 @@ def spawn_if_due(run, step, task_loss):
     cfg, old = run.cfg, run.model
     if cfg.n_experts == 1 or old.moes() or step < spawn_step(cfg):
         return False
-    scores = importance(old, sample_losses(run, task_loss)) if cfg.spawn == "importance" else None
+    scores = None
+    if cfg.spawn == "importance":
+        mine = importance(old, sample_losses(run, task_loss))
+        scores = run.mesh.from_main({name: s.cpu() for name, s in mine.items()})  # ranks may differ in the last digit
+        scores = {name: s.to(run.mesh.device) for name, s in scores.items()}
     model = run.build(cfg.n_experts)
     optimizer = make_optimizer(model, cfg)
     grow(old, run.optimizer, model, optimizer, cfg, scores)

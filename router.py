@@ -6,7 +6,7 @@ Gates: every way to decide which experts a token goes to.
 A gate maps tokens to G, an (N, E) matrix of combine weights in which an exact zero means "not sent". Nothing else
 tells one method from another: top-k, hashing, balanced assignment, trees, thresholded Gumbel-softmax are all ways to
 fill G. The number of experts a token uses is the number of non-zeros in its row. experts.py turns G into work.
-`python router.py` prints G of every gate for the same tokens.
+`python router.py` prints G of every gate for the same tokens, before any capacity.
 
 To add a gate, write one class here:
 
@@ -217,6 +217,9 @@ def make_gate(name, args="", k=0, **offered):
         raise ValueError(f"--k={k}: --gate={name} sets the number of experts per token itself; leave --k out")
     kwargs = {p: v for p, v in offered.items() if p in parameters} | ({"k": k} if k else {})
     knobs = {p: v.default for p, v in parameters.items() if p not in offered and not (k and p == "k")}
+    for knob, default in knobs.items():
+        if default is inspect.Parameter.empty:
+            raise TypeError(f"--gate={name}: {knob} is a knob and needs a default, whose type is the knob's")
     for pair in filter(None, args.replace(" ", "").split(",")):
         key, _, text = pair.partition("=")
         if key in kwargs and key not in offered:

@@ -193,6 +193,16 @@ def test_noisy_top_1_weighs_with_the_noise():
     assert torch.allclose(gate(x, None, place).G, h.softmax(1) * F.one_hot(h.argmax(1), 4))
 
 
+def test_a_knob_has_a_type(monkeypatch):
+    class Mine(TopK):
+        def __init__(self, D, E, k=1, *, sharpness):
+            super().__init__(D, E, k)
+
+    monkeypatch.setattr(router, "gates", lambda: {"mine": Mine})
+    with pytest.raises(TypeError, match="--gate=mine: sharpness is a knob and needs a default"):
+        make_gate("mine", D=4, E=4)
+
+
 def test_unusable_settings_are_one_clear_line():
     for name, args, D, E in (
         ("locmoe", "", 10, 4),
