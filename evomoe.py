@@ -21,7 +21,7 @@ one phase follows, "mixture". The same file holds the other ways in:
 
 and one way out, to_gpt2: a dense run becomes a GPT-2 of the package transformers.
 
-Decisions (the paper's body and code leave these open):
+Decisions (the paper's abstract and code leave these open; its body was not available to us):
 - The spawn happens at the beginning of a step: the checkpoint after spawn_step updates still holds one expert.
 - A new model is built and filled, nothing is patched: what does not grow is carried over with its optimizer state. An
   expert inherits the moments of the first one, zero where its mask is, and the step count; the gate starts afresh.

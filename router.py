@@ -386,9 +386,10 @@ class Switch(Gate):
         x' = x * U(1 - jitter, 1 + jitter)      training only; the experts see x, not x'
         p = softmax(x' W^T),  e = argmax p,  y = p_e FFN_e(x)
 
-    Init: truncated normal, std sqrt(0.1 / D). At the start p_e is near 1/E and scales every expert down: Switch is slow
-    at first. The paper's text multiplies the input by the jitter, its pseudo-code adds it to the logits (nearly a no-op
-    under softmax); the authors' code multiplies, and so do we. z: weight of `z_loss`.
+    Init of the router: truncated normal, std sqrt(0.1 / D), as the paper's (which scales its experts so, too; ours keep
+    the model's). At the start p_e is near 1/E and scales every expert down: Switch is slow at first. The paper's text
+    multiplies the input by the jitter, its pseudo-code adds it to the logits (nearly a no-op under softmax); the
+    authors' code multiplies, and so do we. z: weight of `z_loss`.
 
     Reads: content. Balanced by: `balance_loss`, eq. 4, alpha = 0.01. Looks ahead: never.
     """
@@ -671,9 +672,12 @@ class DTS(Gate):
         init     scale of W, not of the table by id; 1 gives logits of unit variance
         reads    content; or id: the logits are a learned table by token id, what Hash reads
         combine  gumbel or softmax, the two G above: one and the same at tau 1 without noise, as by default
-    The defaults are ours. The paper cools a noisy gate under a fixed bar, and for longer: tau_max=2, tau_min=0.3,
-    noise=constant, tighten=0.001 and, for example, dense=0.17, hard=0.33. With constant noise the choice stays a sample
-    of softmax(x W^T) at any tau. tests/RESULTS.md: what each knob was worth.
+    The defaults are ours. The authors cool a noisy gate under a fixed bar, and for longer: tau_max=2, noise=constant,
+    tighten=0.001, a tau_min of 0.3 to 0.5 (their scripts say 0.5) and, for example, dense=0.17, hard=0.33; with a
+    larger W (init=0.58), mostly combine=softmax, balance=0, and they evaluate with one expert even while the gate is
+    dense. Their balance loss is not divided by k and sees kept weights only. With constant noise the choice stays a
+    sample of softmax(x W^T) at any tau. From E = 1 / threshold on (1000) an even share is below the first bar, and the
+    dense phase is not dense: choose less. tests/RESULTS.md: what each knob was worth.
 
     Reads: content, or the token id. Balanced by: `balance_loss` of y and m. Looks ahead: never.
     """
@@ -740,7 +744,7 @@ class DTS(Gate):
         return {"phase": self.phase, "tau": float(self.tau), "bar": float(self.bar)}
 
     def forward(self, x, ids):
-        z = self.weight[ids] if self.by_id else linear(x, self.weight)  # (N, E)
+        z = full_precision(self.weight[ids]) if self.by_id else linear(x, self.weight)  # (N, E)
         noise = self.noise * self.place.gumbel(self.E, x.device, z.dtype) if self.training else 0.0
         y = ((z + noise) / self.tau).softmax(1)
         top = torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(self.final_k, dim=1).indices, True)
@@ -929,9 +933,9 @@ class Hash(Gate):
         G[n, table[id_n]] = 1
 
     kind="balanced": each id goes to the expert that is lightest so far, frequent ids first (counts: how often each
-    occurs; None: all alike); "random": uniform. Each layer has its own table. k > 1 is MultiHash: the experts form k
-    pools and hash j picks one from pool j, which is an FFN cut into k segments, each chosen by its own hash (give the
-    experts 1/k of the width).
+    occurs, in translation on both sides together; None: all alike); "random": uniform. Each layer has its own table. k
+    > 1 is MultiHash: the experts form k pools and hash j picks one from pool j, which is an FFN cut into k segments,
+    each chosen by its own hash (give the experts 1/k of the width).
 
     Reads: the token id. Balanced by: the table. Looks ahead: never.
     """
@@ -1055,11 +1059,12 @@ class BASE(Gate):
                      a_n = argmax_e s[n, e]                                                           evaluation
         y_n = sigmoid(s[n, a_n]) FFN_a(x_n)
 
-    Each routing group is dealt out by itself, as the authors do on each worker (`balanced_assignment`; their auction
-    may hang if E does not divide N, and repeats tokens under ties). W, orthogonal with gain 0.1, learns only through
-    the sigmoid. Their code mixes sigmoid * net(x) + (1 - sigmoid) * x, where net has its own residual: in a pre-LN
-    block, which adds x itself, that is sigmoid * FFN(x). Their experts' last matrix starts at zero, ours like any
-    other. "greedy_load" is logged: the fullest expert's load if everybody took the argmax, as a multiple of the mean.
+    Each routing group is dealt out by itself, as the authors do on each worker, but without the shuffle of tokens
+    between workers that they make before (`balanced_assignment`; their auction may hang if E does not divide N, and
+    repeats tokens under ties). W, orthogonal with gain 0.1, learns only through the sigmoid. Their code mixes sigmoid *
+    net(x) + (1 - sigmoid) * x, where net has its own residual: in a pre-LN block, which adds x itself, that is sigmoid
+    * FFN(x). Their experts' last matrix starts at zero, ours like any other. "greedy_load" is logged in training: the
+    fullest expert's load if everybody took the argmax, as a multiple of the mean.
 
     Reads: content. Balanced by: construction, in training. Looks ahead: in training, since who gets a seat depends on
     who else wants it, also later; hence the argmax at evaluation.

@@ -170,6 +170,9 @@ def dense_and_grown(mesh=None, **flags):
     old = small_gpt(cfg, mesh, 1)
     old_optimizer = train.make_optimizer(old, cfg)
     rng = torch.Generator().manual_seed(1)
+    for name, p in old.named_parameters():
+        if name.endswith((".b1", ".b2")):
+            p.data.normal_(0, 0.02, generator=rng)  # zero by default: a lost one would not show
     for p in old.parameters():
         moments = {name: torch.rand(p.shape, generator=rng) for name in ("exp_avg", "exp_avg_sq")}
         old_optimizer.state[p] = {"step": torch.tensor(7.0), **moments}
@@ -227,7 +230,12 @@ def test_masks_moments_and_what_must_not_change():
         assert torch.equal(after["step"], before["step"]) and after["step"] == 7
         for moment in "exp_avg", "exp_avg_sq":
             assert torch.equal(after[moment], before[moment] * keep) and after[moment].abs().sum() > 0
-    assert torch.equal(experts.b1, e0.b1.expand(E, -1)) and torch.equal(experts.b2, e0.b2.expand(E, -1))
+    assert not torch.equal(experts.w1 != 0, experts.w2 != 0)  # both (E, H, D), with masks of their own
+    for name in "b1", "b2":
+        p, children = e0.get_parameter(name), experts.get_parameter(name)
+        before, after = old_optimizer.state[p], new_optimizer.state[children]
+        assert p.any() and torch.equal(children, p.expand(E, -1))
+        assert all(torch.equal(after[moment], before[moment].expand(E, -1)) for moment in ("exp_avg", "exp_avg_sq"))
     others = dict(new.named_parameters())
     for name, p in old.named_parameters():
         if name in others:

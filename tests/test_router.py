@@ -935,6 +935,8 @@ def test_constant_noise_makes_the_choice_a_sample_of_softmax_at_any_temperature(
     z = torch.tensor([1.0, 0.0, -1.0, 0.5])
     best = weights_of(dts(tau=tau, noise="constant"), z.expand(20000, -1)).argmax(1)
     assert (torch.bincount(best, minlength=E) / 20000 - z.softmax(0)).abs().max() < 0.015
+    best = weights_of(dts(tau=tau, s=0.5, noise="annealed"), z.expand(20000, -1)).argmax(1)  # half way
+    assert (torch.bincount(best, minlength=E) / 20000 - (2 * z).softmax(0)).abs().max() < 0.015
     quiet = dts(tau=tau, noise="constant", tight=0.0).eval()
     for seed in range(5):  # noise is off at evaluation
         y = (z / tau).softmax(0)
