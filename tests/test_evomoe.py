@@ -97,6 +97,10 @@ def test_phases():
     assert at(50)[:3] == pytest.approx((0.4, 0.0, 0.0005**0.5)) and at(50)[5] == "tighten"
     assert at(59)[3:] == (False, E, "tighten") and at(60)[3:] == at(1000)[3:] == (True, 1, "hard")
     assert at(60)[2] == pytest.approx(0.5)
+    cfg = dataclasses.replace(cfg, gate_args="noise=constant,dense=0.3333,hard=0.5556")
+    model = small_gpt(cfg)
+    (gate,) = model.gates()
+    assert at(25)[1] == at(50)[1] == at(1000)[1] == 1
 
     def shown(**more):
         return evomoe.show(config(**more), small_gpt(config(**more)))
@@ -250,9 +254,14 @@ def test_masks_moments_and_what_must_not_change():
 @pytest.mark.parametrize("how", ["copy", "noise"])
 def test_other_spawns(how):
     old, _, new, _, _ = dense_and_grown(spawn=how, spawn_ratio=0.1)
-    difference = new.stack.blocks[1].ffn.experts.w1 - old.stack.blocks[1].ffn.w1
-    relative = (difference.std((1, 2)) / old.stack.blocks[1].ffn.w1.std()).tolist()
-    assert relative == pytest.approx([0.1 if how == "noise" else 0.0] * E, rel=0.1)
+    e0, experts = old.stack.blocks[1].ffn, new.stack.blocks[1].ffn.experts
+    for name in "w1", "w2":
+        mother, children = e0.get_parameter(name), experts.get_parameter(name)
+        relative = ((children - mother).std((1, 2)) / mother.std()).tolist()
+        assert relative == pytest.approx([0.1 if how == "noise" else 0.0] * E, rel=0.1)
+        assert all(torch.equal(children[a], children[b]) == (how == "copy") for a in range(E) for b in range(a))
+    assert e0.b1.any() and torch.equal(experts.b1, e0.b1.expand(E, -1))
+    assert e0.b2.any() and torch.equal(experts.b2, e0.b2.expand(E, -1))
 
 
 def test_a_shared_expert_is_silent_at_the_spawn():

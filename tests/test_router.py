@@ -953,6 +953,8 @@ def test_dts_weights_and_balance_by_hand():
         assert 0 < (~m).sum() and torch.allclose(r.G, (x / temperature).softmax(1) * m)
         f = m.float().mean(0) / m.float().mean(0).sum()
         assert torch.allclose(r.aux["balance"], E * (f * y.mean(0)).sum())
+    G = weights_of(dts(tau=0.4, s=1.0, combine="softmax"), x)  # noise decides who is asked, not with what weight
+    assert 0 < (G == 0).sum() and torch.allclose(G[G > 0], x.softmax(1)[G > 0])
 
 
 def test_reading_ids_the_gate_sees_nothing_else():
@@ -2556,13 +2558,9 @@ def test_conditional_is_brute_force(c):
 
 def test_matching_weighs_by_the_conditional_of_its_noise():
     """The gate's own G, with noise that we know: the best of all assignments, and p / q by trying them all."""
-    gate, x, noise, place = (
-        GumbelMatching(k, k).double(),
-        torch.randn(n, k).double(),
-        Place(n).gumbel(k).double(),
-        Place(n),
-    )
+    gate, place = GumbelMatching(k, k).double(), Place(n)
     gate.weight.data.normal_()
+    x, noise = torch.randn(n, k).double(), Place(n).gumbel(k).double()
     place.gumbel = lambda *shape: noise
     G, logp = gate(x, None, place).G, (x @ gate.weight.T).log_softmax(1)
     Z, i = assignments(n, k, c), torch.arange(n)
