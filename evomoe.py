@@ -3,7 +3,7 @@ EvoMoE's curriculum: train one expert, spawn many from it, then let the gate lea
 
     python train.py --gate=dts                         the default; --diversify=SHARE is the first phase's length
 
-    phase       experts  what happens (Nie et al. 2021, arXiv:2112.14397)
+    phase       experts  what happens (after Nie et al. 2021, arXiv:2112.14397; the rising bar is ours)
     diversify   1        each MoE layer is one FFN: exactly the dense model (the paper's name; experts differ later)
     dense       E        experts spawned from it; the gate, not the model, is dense: it asks all (and may cool)
     tighten     E        the bar that a gate value must clear rises: each token keeps as many experts as clear it
@@ -30,7 +30,8 @@ Decisions (the paper's abstract and code leave these open; its body was not avai
 - A spawn without change (ratio 0, or copies) keeps the function if the gate's weights sum to 1, which those of DTS do
   at the start; a top-1 gate multiplies by p < 1 and has to recover. Copies under equal weights never part: they get the
   same gradient at every step. Masks part them at once.
-- A low temperature alone does not make a gate sparse, a rising bar does; noise that stays makes top-1 a sample.
+- Without noise a low temperature (0.3) does not make a gate sparse, a rising bar does; noise that stays makes top-1 a
+  sample.
 - Asking all E for a short time is enough: it is what EvoMoE costs, and longer bought nothing here (tests/RESULTS.md).
 
 Letters: E experts, D width, H hidden width of the first expert, tau temperature.

@@ -933,11 +933,12 @@ class Hash(Gate):
         G[n, table[id_n]] = 1
 
     kind="balanced": each id goes to the expert that is lightest so far, frequent ids first (counts: how often each
-    occurs, in translation on both sides together; None: all alike); "random": uniform. Each layer has its own table. k
-    > 1 is MultiHash: the experts form k pools and hash j picks one from pool j, which is an FFN cut into k segments,
-    each chosen by its own hash (give the experts 1/k of the width).
+    occurs; None: all alike); "random": uniform. Each layer has its own table. MultiHash, k > 1: the experts form k
+    pools and hash j picks one from pool j, which is an FFN cut into k segments, each chosen by its own hash (give the
+    experts 1/k of the width).
 
-    Reads: the token id. Balanced by: the table. Looks ahead: never.
+    Reads: the token id. Balanced by: the table; in translation roughly, as its counts are those of the files: both
+    sides together and without <|bos|>, of which the decoder reads many. Looks ahead: never.
     """
 
     def __init__(self, D, E, V, k=1, kind="balanced", counts=None, layer=0, seed=0):
@@ -1023,8 +1024,8 @@ class StableMoE(Gate):
         self.loss_weights = {"balance": balance, "distill": distill}
 
     def phases(self):
-        stages = ("learn", 0), ("frozen", self.stage1_steps)
-        return [*stages] if self.stage1_steps > 0 else [stages[1]]
+        frozen = [("frozen", self.stage1_steps)]
+        return [("learn", 0), *frozen] if self.stage1_steps > 0 else frozen
 
     def set_step(self, step):
         self.stage.fill_(1 if step < self.stage1_steps else 2)
@@ -1061,10 +1062,10 @@ class BASE(Gate):
 
     Each routing group is dealt out by itself, as the authors do on each worker, but without the shuffle of tokens
     between workers that they make before (`balanced_assignment`; their auction may hang if E does not divide N, and
-    repeats tokens under ties). W, orthogonal with gain 0.1, learns only through the sigmoid. Their code mixes sigmoid *
-    net(x) + (1 - sigmoid) * x, where net has its own residual: in a pre-LN block, which adds x itself, that is sigmoid
-    * FFN(x). Their experts' last matrix starts at zero, ours like any other. "greedy_load" is logged in training: the
-    fullest expert's load if everybody took the argmax, as a multiple of the mean.
+    repeats tokens under ties). W, orthogonal with gain 0.1, learns only through the sigmoid. Their code mixes
+    sigmoid * net(x) + (1 - sigmoid) * x, where net has its own residual: in a pre-LN block, which adds x itself, that
+    is sigmoid * FFN(x). Their experts' last matrix starts at zero, ours like any other. "greedy_load" is logged in
+    training: the fullest expert's load if everybody took the argmax, as a multiple of the mean.
 
     Reads: content. Balanced by: construction, in training. Looks ahead: in training, since who gets a seat depends on
     who else wants it, also later; hence the argmax at evaluation.

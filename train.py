@@ -97,9 +97,7 @@ class Config:
     learning_rate: float = flag(4e-3, "peak; 2e-3 to 4e-3 for models as small as this, 1e-4 to 1e-3 for large", 1e-12)
     min_lr: float = flag(0.1, "final learning rate, as a share of the peak (nanoGPT's is absolute)", 0, 1)
     schedule: str = flag("cosine", "cosine or inverse_sqrt (Vaswani's)", one_of=("cosine", "inverse_sqrt"))
-    warmup: int = flag(
-        200, "steps until the peak, at most half the run; with 50 or 100 the early loss varies by seed", 0
-    )
+    warmup: int = flag(200, "steps to the peak, at most half the run; with 50 or 100 the early loss varies by seed", 0)
     weight_decay: float = flag(0.1, "on matrices outside the gates; not on biases, gains, embeddings of positions", 0)
     beta2: float = flag(0.98, "AdamW's; 0.95 to 0.999", 0, 0.999999)
     grad_clip: float = flag(1.0, "global gradient norm; 0: no clipping", 0)

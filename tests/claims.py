@@ -270,7 +270,7 @@ CLAIMS = {
         "both phases of EvoMoE matter: one expert first, and dense to sparse",
         {"switch": "--gate=switch", "switch after the spawn": AFTER_SPAWN,
          "dts from the start": "--gate=dts --diversify=0", "evomoe": METHODS["evomoe"],
-         "evomoe, the paper's gate": "--gate=dts --diversify=0.1 --gate_args=tau_max=2,tau_min=0.3,noise=constant,"
+         "evomoe, the paper's schedule": "--gate=dts --diversify=0.1 --gate_args=tau_max=2,tau_min=0.3,noise=constant,"
                                      "tighten=0.001,dense=0.1667,hard=0.3333"},
         ("evomoe", "dts from the start")),
     "map": Claim(
