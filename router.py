@@ -937,8 +937,8 @@ class Hash(Gate):
     pools and hash j picks one from pool j, which is an FFN cut into k segments, each chosen by its own hash (give the
     experts 1/k of the width).
 
-    Reads: the token id. Balanced by: the table; in translation roughly, as its counts are those of the files: both
-    sides together and without <|bos|>, of which the decoder reads many. Looks ahead: never.
+    Reads: the token id. Balanced by: the table, by what its layer reads of the training text (in translation encoder
+    and decoder read different ids). Looks ahead: never.
     """
 
     def __init__(self, D, E, V, k=1, kind="balanced", counts=None, layer=0, seed=0):

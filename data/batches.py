@@ -164,6 +164,17 @@ def pair_batch(corpus, split, which):
     return dict(src=pad(src, tok.pad), x=pad(x, tok.pad), y=pad(tgt, -1))
 
 
+def pair_counts(corpus, T):
+    """How often encoder and decoder read each token, by all training pairs of up to T tokens: (V,) and (V,). What a
+    target sentence ends with is never read, <|bos|> once in each."""
+    p, fit, tok = corpus.splits["train"], corpus.pairs("train", T), corpus.tok
+    read = lambda side: np.bincount(np.concatenate([side(i) for i in fit]), minlength=corpus.V)
+    source, target = read(p.source), read(p.target)
+    target[tok.eot] -= len(fit)
+    target[tok.bos] += len(fit)
+    return source, target
+
+
 def pad(rows, value):
     """Tensors of different length -> (rows, longest), filled up with value."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

@@ -211,10 +211,15 @@ class Translation(Objective):
                 "--shard_by_domain=false"
             )
         self.corpus, self.cfg, self.n_domains = corpus, cfg, 2  # the source's language and the target's
-        self.n_ids, self.counts = corpus.V, corpus.counts()
+        self.n_ids, self.counts = corpus.V, corpus.counts()  # of both sides; a table's are its own stack's: model
 
     def model(self, cfg, ffn):
-        return models.Translator(cfg, self.corpus.V, ffn, self.corpus.tok.pad)
+        source, target = batches.pair_counts(self.corpus, cfg.block_size)
+
+        def balanced(layer, **rest):  # a table deals out the tokens that its own stack reads
+            return ffn(layer=layer, counts=source if layer < cfg.n_layer else target, **rest)
+
+        return models.Translator(cfg, self.corpus.V, balanced, self.corpus.tok.pad)
 
     def batch(self, split, rows, rng):
         return batches.pair_batch(self.corpus, split, rows)

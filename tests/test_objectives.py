@@ -5,6 +5,7 @@ each through train.main on letters that are easy to learn.
 
 import json
 import math
+import random
 import re
 import shutil
 from argparse import Namespace
@@ -290,6 +291,22 @@ def test_pairs(tmp_path):
     assert math.isclose(objective.more_metrics("val", 1.5)["bpb"], 1.5 / math.log(2) * 5 / 3)
     unigram = (2 * math.log(266 / 4) + math.log(266 / 2) + 2 * math.log(266 / 3)) / 5  # targets: c, c, b, two ends
     assert f"to beat: {unigram:.3f}," in objective.to_beat("val")
+
+
+def test_tables_of_a_translator_are_balanced_by_what_their_stack_reads(tmp_path):
+    """Letters that are frequent on one side only, and <|bos|>, which no file holds: counted from the batches of an
+    epoch, no expert has more than its share and the most frequent token."""
+    rng = random.Random(0)
+    write = lambda letters: "".join(rng.choice(letters) for _ in range(6))
+    pairs = [(write("aaabbccdefgh"), write("hhhijklmnop")) for _ in range(64)] + [("a" * 40, "b")]
+    objective = opened(tmp_path, "translation", pairs, pairs, block_size=12, batch_size=8, gate="hash", n_experts=4,
+                       moe_every=1)  # fmt: skip
+    model, epoch = train.build_model(objective.cfg, objective, dist.Mesh(), 2, 4), map(objective.train_batch, range(8))
+    read = [(batch["src"], batch["x"]) for batch in epoch]
+    for stack, side in zip((model.encoder, model.decoder), zip(*read)):
+        ids = torch.cat([x[x != objective.corpus.tok.pad] for x in side])
+        for block in stack.blocks:
+            assert block.ffn.gate.table[0, ids].bincount(minlength=4).max() <= len(ids) / 4 + ids.bincount().max()
 
 
 def test_classes(tmp_path):
