@@ -1250,10 +1250,6 @@ def test_nothing_is_saturated_at_the_start(make, gamma):
     assert (make(256, 8, 2, gamma=gamma)(torch.randn(50, 256), None).G > 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables: the token's id decides
-
-
 @pytest.mark.parametrize("gamma", [0.1, 1.0])
 def test_trees_and_bits_start_undecided(gamma):
     """The authors' ranges: U(+-gamma/100) for splits and bits, U(+-0.05) for what weighs the leaves and selectors."""
@@ -1263,6 +1259,10 @@ def test_trees_and_bits_start_undecided(gamma):
     for name, top in ranges.items():
         end = 0.05 if "leaf" in name or "mix" in name else gamma / 100
         assert 0.4 * end < top <= end, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: the token's id decides
 
 
 def zipf(V):
@@ -1410,6 +1410,16 @@ def test_stablemoe_stages():
     gate.eval()
     assert torch.equal(gate(x, ids).G.argmax(1), known)  # the distilled router evaluates, in stage 1 too
     assert float(gate(x, ids).aux["agreement"].detach()) == pytest.approx(float((content == known).float().mean()))
+
+
+def test_tables_and_centroids_at_the_start():
+    """What is learned by token id starts as an embedding does, normal with variance 1: then no two words agree. The
+    centroids of BASE and StableMoE start orthogonal, each of length 0.1."""
+    stable, by_id = StableMoE(64, 8, 1000, dim=50), DTS(64, 8, reads="id", V=1000)
+    for table in (stable.words.detach(), by_id.weight.detach()):
+        assert table.shape[0] == 1000 and abs(table.mean()) < 0.05 and table.std() == pytest.approx(1, abs=0.05)
+    for c in (stable.weight.detach(), stable.w_hat.detach(), router.BASE(64, 8).weight.detach()):
+        assert torch.allclose(c @ c.T, 0.01 * torch.eye(8), atol=1e-6)
 
 
 def test_stablemoe_says_when_it_freezes():
