@@ -1006,8 +1006,10 @@ class StableMoE(Gate):
     stage1: share of the mixture's steps spent in stage 1; dim: width of the distilled router's embedding. Evaluation
     takes the distilled router in stage 1 too (as the authors' code and paper do). Stage 2 is really frozen: set_step
     takes requires_grad and .grad from `words` and `w_hat`. A zero gradient would not do: Adam's moments move a
-    parameter on, by about ten learning rates until they have died away. The authors leave it at zero gradients, and
-    their README distils with weight 0.3; we follow the paper. "agreement" is logged: how often both routers agree.
+    parameter on, by about ten learning rates until they have died away. The authors leave it at zero gradients; their
+    experts start with a second matrix of zeros and take twice their fair share at most; their README distils with
+    weight 0.3, the paper and we with 1. "agreement" is logged: how often both routers agree. In short runs that is
+    hardly more than by chance, and what freezes is a nearly random table (tests/RESULTS.md, "Routing that stops").
 
     Reads: content in stage 1, then the token id. Balanced by: the loss, of counts without gradient, in stage 1. Looks
     ahead: never.
