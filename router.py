@@ -1008,8 +1008,9 @@ class StableMoE(Gate):
     takes requires_grad and .grad from `words` and `w_hat`. A zero gradient would not do: Adam's moments move a
     parameter on, by about ten learning rates until they have died away. The authors leave it at zero gradients; their
     experts start with a second matrix of zeros and take twice their fair share at most; their README distils with
-    weight 0.3, the paper and we with 1. "agreement" is logged: how often both routers agree. In short runs that is
-    hardly more than by chance, and what freezes is a nearly random table (tests/RESULTS.md, "Routing that stops changing").
+    weight 0.3, the paper and we with 1. "agreement" is logged: how often both routers agree. In short runs
+    hardly more often than by chance: what freezes is then a nearly random table (tests/RESULTS.md, "Routing that stops
+    changing").
 
     Reads: content in stage 1, then the token id. Balanced by: the loss, of counts without gradient, in stage 1. Looks
     ahead: never.
