@@ -278,7 +278,7 @@ class RoBERTa(Model):
 
         The strength grows with the log of T and falls with the head's width: a neighbour gets half of the attention at
         the default size, a quarter with twice the heads or four times the length. From random weights this takes a
-        third of a run of 1000 steps and mostly yields two heads that look both ways and cannot tell before from after:
+        third of a run of 1000 steps, and often yields heads that look both ways and cannot tell before from after:
         tests/RESULTS.md."""
         (T, D), heads = self.wpe.weight.shape, self.cfg.n_head
         w = math.pi * (0.618034 * torch.arange((D + 1) // 2) % 1)

@@ -132,8 +132,9 @@ def smooth(values, n=5):
 def over_steps(title, value, paired=True, timed=False):
     """A picture: value(log entry) over the steps, smoothed, mean and band over seeds, a line for each contestant.
     paired: less the first contestant's of the same seed, so that what all see in common is gone. timed: over the CPU
-    time instead, at the mean pace of a contestant's runs: less what the first one has by that time: what it has at the
-    same step, of the same batch, and how far it falls until then, by means over a third of the run so far."""
+    time instead, at the mean pace of a contestant's runs. What is taken away is then what the first contestant has at
+    the same step, of the same batch, plus how far it falls between that step and the one it has reached by that time
+    (a mean over a third of the run so far, without the noise of single batches)."""
 
     def draw(logs):
         first, lines, at = next(iter(logs)), {}, {}
