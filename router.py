@@ -896,14 +896,15 @@ class COMET(Gate):
     Starts dense; once a token's paths are saturated its row has at most k non-zeros (trees may agree), exact zeros
     otherwise: use it without capacity. Nothing enforces k before that; gamma and the entropy weight do. A token whose
     whole path is saturated sends no gradient to W, and with k = 1 none to V: its choice is final.
-        entropy   mean_n sum_j H(p_j), on p and not on q (authors search weights 1e-4 to 100); 0 when decided
+        entropy   mean_n sum_j H(p_j), on p and not on q; 0 when decided. Authors search weights 1e-4 to 100; in a fresh
+                  GPT all tokens share two experts by step 30 from 0.01 on (tests/RESULTS.md, "Every gate")
     The authors' code adds 1e-8 to p inside a logarithm; we multiply by p, which keeps zeros exact. Otherwise it is
     their per-example gate (whose last release does not run: its leaf scores read a missing attribute).
 
     Reads: content. Balanced by: nothing. Looks ahead: never. Cost: (2E - 1) k logits per token instead of E.
     """
 
-    def __init__(self, D, E, k=2, gamma=1.0, entropy=0.1):
+    def __init__(self, D, E, k=2, gamma=1.0, entropy=0.001):
         super().__init__(D, E, k)
         refuse_unless("comet", gamma=(gamma, gamma > 0, "above 0"))
         self.gamma = gamma

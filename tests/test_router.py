@@ -172,7 +172,7 @@ def test_the_weights_of_the_losses_are_those_of_the_papers_or_as_documented():
                  topp={"balance": 0.01, "entropy": 1e-4}, skip={"log_prob": 0.01}, gumbelmatching={"log_prob": 0.01},
                  locmoe={"balance": 0.01, "locality": 0.01}, locmoeplus={"balance": 0.01, "locality": 0.01},
                  topk={"balance": 0.01}, gshard={"balance": 0.01}, dselectk={"entropy": 0.01, "reciprocal": 1.0},
-                 comet={"entropy": 0.1}, remoe={"l1": 1.0}, stablemoe={"balance": 0.3, "distill": 1.0})  # fmt: skip
+                 comet={"entropy": 0.001}, remoe={"l1": 1.0}, stablemoe={"balance": 0.3, "distill": 1.0})  # fmt: skip
     for name, expected in known.items():
         assert expected.items() <= weights[name].items(), (name, weights[name])
 
