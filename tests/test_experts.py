@@ -215,6 +215,40 @@ def test_grouped_mm_equals_a_loop(dtype):
                 assert_close(a, b, tol)
 
 
+def test_experts_compute_in_the_precision_of_autocast():
+    for n in (1, 4):
+        experts, seen = Experts(n, 16, 32), []
+        experts.init(0, 0, 0.1, 0.1)
+        experts.dropout.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = experts(torch.randn(4, 16), torch.full((n,), 4 // n))
+        assert y.dtype == torch.bfloat16 and seen == [torch.bfloat16]
+
+
+def test_rows_travel_in_the_precision_of_autocast(monkeypatch):
+    """There and back; what counts the bytes is told."""
+    sent, layer = [], feed_forward(config(), 1, True, V=10)
+    for way in ("to_experts", "to_tokens"):
+        real = getattr(dist.Mesh, way)
+        monkeypatch.setattr(dist.Mesh, way, lambda mesh, rows, *more, real=real: (
+            sent.append(rows.dtype), real(mesh, rows, *more))[1])  # fmt: skip
+    x, ids, _ = tokens(D=16)
+    for on, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            y, _ = layer(x.float().view(1, -1, 16), ids.view(1, -1))
+        assert sent[-2:] == [dtype, dtype] and layer.stats["row_bytes"] == 16 * dtype.itemsize
+        assert y.dtype == torch.float32
+
+
+def test_a_mixture_is_made_as_the_config_says():
+    layer = feed_forward(config(capacity_factor=0.7, drop_order="score", groups=3), 1, True, V=10)
+    assert (layer.capacity_factor, layer.drop_order, layer.groups) == (0.7, "score", 3)
+    layer = feed_forward(config(shared_hidden=8, activation="gelu_tanh", dropout=0.3, bias=True), 1, True, V=10)
+    for ffn in (layer.experts, layer.shared):
+        assert (ffn.gelu, ffn.dropout.p, ffn.b1 is not None) == ("tanh", 0.3, True)
+    assert ("permuted", 49) in feed_forward(config(permute=0.5), 1, True, V=10, steps=100).gate.phases()
+
+
 def test_gelu_tanh_is_gpt2s_approximation():
     ffn, x = feed_forward(config(n_experts=1, activation="gelu_tanh"), 0, False).double(), 30 * tokens(D=16)[0]
     h = x @ ffn.w1[0].T
