@@ -170,6 +170,15 @@ def test_gpt2_out_of_reach_is_one_line(monkeypatch):
     assert bpe.make_tokenizer("auto", 300, [TEXT]).name == "bpe"
 
 
+def test_gpt2s_ids_are_tiktokens(monkeypatch):
+    """Not the order of the bytes: published weights go by these ids."""
+    ranks = {bytes([255 - i]): i for i in range(256)}
+    gpt2 = types.SimpleNamespace(_mergeable_ranks=ranks, _pat_str=bpe.ANYTHING)
+    monkeypatch.setattr(bpe.tiktoken, "get_encoding", lambda name: gpt2)
+    tok = bpe.make_tokenizer("gpt2", 0, ())
+    assert tok.encode("ab") == [255 - ord("a"), 255 - ord("b")] and tok.eot == 256
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # files.py
 

@@ -474,6 +474,19 @@ def test_clip_matches_torch_and_zero_only_measures():
     assert abs(nn.utils.clip_grad_norm_(model.parameters(), 9) - 0.1) < 1e-6
 
 
+def traffic_of_replicas(rank, world):
+    mesh = make_mesh(rank, world, 4, 2, 2)  # ranks 2 and 3 are a node of their own, with experts of their own
+    counts = torch.tensor([1, 2, 3, 4]) * (rank + 1)
+    back = mesh.to_experts(torch.zeros(int(counts.sum()), 3), counts)[2]
+    return {name: int(n) for name, n in mesh.traffic(back.table, 12).items()}
+
+
+def test_traffic_of_the_second_replica():
+    for rank, t in enumerate(run_ranks(4, traffic_of_replicas)):
+        own, other = ((3, 7), (7, 3))[rank % 2]
+        assert [t["tokens_rank"], t["tokens_node"], t["tokens_far"]] == [own * (rank + 1), other * (rank + 1), 0]
+
+
 def test_single_process_is_the_identity():
     from copy import deepcopy
 

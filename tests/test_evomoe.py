@@ -26,7 +26,7 @@ from data.bpe import make_tokenizer
 from data.files import write_text
 from data.objectives import LanguageModelling
 from experts import Experts, feed_forward
-from model import GPT, RoBERTa
+from model import GPT, RoBERTa, Translator
 
 E, V = 4, 50
 SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, n_experts=E, batch_size=4, gate="dts")
@@ -211,6 +211,16 @@ def test_any_number_of_ranks_spawns_the_same_experts(world):
     assert flat(one).keys() == flat(many).keys()
     for name, t in flat(one).items():
         assert torch.equal(t, flat(many)[name]), name
+
+
+def test_layers_of_a_grown_model_and_other_seeds_have_masks_of_their_own():
+    masks = []
+    for seed in (1, 2):
+        cfg = config(diversify=0.1, moe_every=1, seed=seed)
+        new = small_gpt(cfg)
+        evomoe.grow(small_gpt(cfg, n_experts=1), None, new, None, cfg)
+        masks += [block.ffn.experts.w1 != 0 for block in new.stack.blocks]
+    assert not any(torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
 
 
 def test_each_layer_has_its_own_masks():
@@ -433,6 +443,13 @@ def test_to_gpt2_is_the_inverse(bias, activation):
     assert (ours(x)[0] - theirs(x).logits).abs().max() < 1e-4
 
 
+def test_tokens_that_trained_weights_do_not_know_keep_their_start():
+    old, new = GPT(config(n_experts=1), 40), GPT(config(n_experts=1, seed=7), 43)
+    fresh = new.wte.weight[40:].clone()
+    evomoe.load_weights(new, old.state_dict(), dist.Mesh())
+    assert torch.equal(new.wte.weight[:40], old.wte.weight) and torch.equal(new.wte.weight[40:], fresh) and fresh.all()
+
+
 def test_gpt2_without_transformers_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install transformers"):
@@ -479,6 +496,13 @@ def test_flops_of_a_classifier():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(x)
     assert model.flops_per_token(1, 16, targets=1 / 16) * x.numel() == pytest.approx(counter.get_total_flops())
+
+
+def test_flops_of_a_translator():
+    model, x = Translator(config(n_experts=1), V, pad_id=V - 1).double(), torch.randint(V - 1, (4, 12))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(x, x)
+    assert model.flops_per_token(1, 12) * x.numel() == pytest.approx(counter.get_total_flops())
 
 
 # -- MoEBERT ----------------------------------------------------------------------------------------------------------

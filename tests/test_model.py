@@ -125,6 +125,59 @@ def test_every_other_layer_is_a_mixture(kind):
         assert len(model.gates()) == len(layers) * len(stacks)
 
 
+def norm(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+
+def attention(a, x, memory, causal):
+    width = x.shape[-1] // a.heads
+    q, (k, v) = x @ a.q.weight.T, (memory @ a.kv.weight.T).chunk(2, -1)
+    y = torch.zeros_like(x)
+    for h in range(a.heads):
+        mine = slice(h * width, (h + 1) * width)
+        scores = q[..., mine] @ k[..., mine].transpose(1, 2) / math.sqrt(width)
+        if causal:
+            scores = scores.masked_fill(~torch.ones(scores.shape[1:]).tril().bool(), -math.inf)
+        y[..., mine] = scores.softmax(-1) @ v[..., mine]
+    return y @ a.out.weight.T
+
+
+def layers(blocks, h, causal, memory=None):
+    for b in blocks:
+        h = h + attention(b.attn, norm(h), norm(h), causal)
+        h = h if memory is None else h + attention(b.cross, norm(h), memory, False)
+        h = h + F.gelu(norm(h) @ b.ffn.w1[0].T) @ b.ffn.w2[0]
+    return norm(h)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "roberta", "translation"])
+def test_a_dense_model_by_hand(kind):
+    """Pre-LN blocks written out, in float64, with weights large enough that no part is negligible."""
+    model, x, src = build(kind, n_experts=1).double().eval(), tokens(), tokens(seed=1)
+    for p in model.parameters():
+        p.data.mul_(4 if p.dim() > 1 else 1)
+    embed = lambda ids: model.wte.weight[ids] + model.wpe.weight[: ids.shape[1]]
+    if kind == "translation":
+        memory = layers(model.encoder.blocks, embed(src), False)
+        want, got = layers(model.decoder.blocks, embed(x), True, memory), model(x, src)[0]
+    else:
+        want, got = layers(model.stack.blocks, embed(x), kind == "gpt"), model(x)[0]
+    if kind == "roberta":
+        want = norm(F.gelu(want @ model.dense.weight.T))
+    assert torch.allclose(got, want @ model.wte.weight.T, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "translation"])
+@pytest.mark.parametrize("gate, name", [("switch", "balance"), ("skip", "log_prob")])
+def test_auxiliary_losses_are_summed_over_all_layers_and_positions(kind, gate, name):
+    model, x, seen = build(kind, gate=gate, moe_every=1).train(), tokens(), []
+    for moe in model.moes():
+        moe.register_forward_hook(lambda module, args, out: seen.append(out[1][name]))
+    _, aux = model(x, src=x) if kind == "translation" else model(x)
+    assert len(seen) == (8 if kind == "translation" else 4) and aux[name].any()
+    assert torch.allclose(aux[name], sum(a.sum(1) if name == "log_prob" else a for a in seen))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
 
@@ -142,6 +195,13 @@ def test_parameter_counts():
     for kind, head in (("gpt", V * D), ("roberta", V * D + D * D)):  # the output layer counts where there is a target
         saved = build(kind).flops_per_token(1, 12) - build(kind).flops_per_token(1, 12, targets=0.25)
         assert saved == pytest.approx(2 * 0.75 * head)
+
+
+def test_the_optimizer_has_the_settings_of_the_config():
+    model = build()
+    optimizer = train.make_optimizer(model, dataclasses.replace(model.cfg, beta2=0.7, weight_decay=0.3))
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.7)] * 2
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
 
 
 def whole_state(rank, world, ep):
@@ -190,13 +250,18 @@ def test_init_is_gpt2s():
 
 @pytest.mark.parametrize("kind", ["roberta", "translation"])
 def test_init_of_models_with_an_encoder(kind):
-    """Attention and experts with std 1 / sqrt(D); a decoder's layers are not the encoder's again."""
-    modules = list(build(kind, n_embd=64, n_head=4).modules())
+    """Attention and experts with std 1 / sqrt(D), less for what adds to the residual stream; a decoder's layers are not
+    the encoder's again."""
+    model = build(kind, n_embd=64, n_head=4)
+    modules = list(model.modules())
     ffns = [m.w1 for m in modules if isinstance(m, Experts)]
     queries = [m.q.weight for m in modules if isinstance(m, Attention)]
     for w in ffns + queries[kind == "roberta" :]:  # see the next test
         assert abs(w.std() - 1 / 8) < 0.01
     assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations(ffns, 2))
+    for name, p in model.named_parameters():
+        if name.endswith((".w2", "out.weight")):
+            assert abs(p.std() * 8 * math.sqrt(2 * 4) - 1) < 0.1, name
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

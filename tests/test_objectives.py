@@ -10,11 +10,13 @@ import re
 import shutil
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
 import dist
 import train
+from data.batches import random_starts
 from data.files import write_pairs, write_text
 from data.objectives import OBJECTIVES
 from data.samples import score_translations, translate
@@ -117,6 +119,17 @@ def test_a_class_without_a_passage_is_refused_and_passages_end_with_their_class(
     capsys.readouterr()
     train.main([*flags, "--block_size=30"])
     assert re.search(r"\na +->.*'a{20}<\|endoftext\|>' \.\.\.", capsys.readouterr().out)
+
+
+def test_fine_tuning_begins_after_the_last_phase(letters, tmp_path, monkeypatch):
+    text, gate = f"--dataset={letters['text']}", ["--gate=dts", "--diversify=0", "--gate_args=dense=0.5,hard=0.8"]
+    train.main([*SMALL, "--objective=roberta", text, f"--out_dir={tmp_path / 'first'}", *gate])
+    seen, real = [], train.train_step
+    hard = lambda run: bool(run.model.gates()[0].hard)
+    monkeypatch.setattr(train, "train_step", lambda run, *more: (seen.append(hard(run)), real(run, *more))[1])
+    first = f"--init_from={tmp_path / 'first'}"
+    train.main([*SMALL, "--objective=classify", text, first, f"--out_dir={tmp_path / 'tuned'}"])
+    assert seen == [True] * 4
 
 
 def test_a_classifier_learns_from_a_classifier(letters, tmp_path):
@@ -271,6 +284,24 @@ def test_training_batches_are_a_function_of_seed_and_step(name, tmp_path):
     assert all(map(same, objective.held_out("val"), objective.held_out("val")))
     objective.cfg.seed += 1
     assert not same(batch, objective.train_batch(3))
+
+
+def test_every_held_out_batch_has_masks_of_its_own(tmp_path):
+    objective = opened(tmp_path, "roberta", {"a": ["ab" * 200]}, {"a": ["ab" * 200]}, block_size=16)
+    a, b = [batch["y"] >= 0 for batch in objective.held_out("val", 2)]
+    assert not torch.equal(a, b)
+
+
+def test_windows_are_drawn_evenly(tmp_path):
+    """From each domain by the number of its windows, wherever they begin; none from one that is too short."""
+    spans = [("a", 0, 1016), ("b", 1016, 1116), ("c", 1116, 1120), ("d", 1120, 4136)]
+    corpus = Namespace(folder="here", domains=lambda split: spans)
+    starts = random_starts(corpus, config(batch_size=20_000), np.random.default_rng(0), 1)  # of 16 tokens
+    which = np.searchsorted([end for _, _, end in spans], starts, side="right")
+    assert np.allclose(np.bincount(which, minlength=4) / 20_000, np.array([1000, 84, 0, 3000]) / 4084, atol=0.02)
+    for i, room in ((0, 1000), (1, 84), (3, 3000)):
+        at = starts[which == i] - spans[i][1]
+        assert at.min() < 0.02 * room and 0.98 * room - 1 <= at.max() < room and abs(at.mean() / room - 0.5) < 0.05
 
 
 def test_pairs(tmp_path):

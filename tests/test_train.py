@@ -6,6 +6,7 @@ many processes. (Its flags, messages and signals: test_commands.py.)
 import copy
 import functools
 import itertools
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ import dist
 import evomoe
 import train
 from data import objectives
+from data.log import describe
 from router import gates
 from ranks import environment, meeting_point
 from runs import (
@@ -130,6 +132,25 @@ def test_evaluation_by_hand(corpora, tmp_path, gate):
     assert got["accuracy"] == pytest.approx(right.mean().item(), rel=1e-5) and right.any()
     for i, name in enumerate(("prose", "code")):
         assert got[f"loss_{name}"] == pytest.approx(nll[domain == i].mean().item(), rel=1e-5)
+
+
+def test_bits_per_byte_of_an_evaluation(corpora, tmp_path):
+    run = set_up(corpora, tmp_path)
+    got, split = train.evaluate(run, "val"), run.objective.corpus.meta["splits"]["val"]
+    assert got["bpb"] == pytest.approx(got["loss"] / math.log(2) * split["tokens"] / split["bytes"])
+
+
+def test_what_the_log_says_about_a_step(corpora, tmp_path):
+    """An auxiliary loss is its mean over layers and micro-batches; the output layer counts where there is a target."""
+    run = set_up(corpora, tmp_path, "--gate=switch", "--grad_accum=2", "--moe_every=1", objective="roberta")
+    seen, batch = [], run.objective.train_batch(0)
+    for moe in run.model.moes():
+        moe.register_forward_hook(lambda module, args, out: seen.append(out[1]["balance"].item()))
+    task, told, _ = train.train_step(run, run.model.train(), batch)
+    entry, _ = describe(run, 1, batch, task, told)
+    assert len(seen) == 4 and entry["balance"] == pytest.approx(sum(seen) / 4)
+    share = (batch["y"] >= 0).float().mean().item()
+    assert entry["flops_per_token"] == pytest.approx(run.model.flops_per_token(1, 16, share)) and share < 0.5
 
 
 @pytest.mark.parametrize("accum", [1, 2])
@@ -241,6 +262,21 @@ def test_the_loop_follows_its_schedules(corpora, tmp_path, monkeypatch):
         run = train.set_up({"out_dir": str(tmp_path), "eval_only": True})
         assert run.first == step and train.evaluate(run, "val", n)["loss"] == pytest.approx(told[step], rel=1e-5)
         (tmp_path / f"ckpt_{step:06}.pt").unlink()
+
+
+def test_every_step_draws_anew_and_is_logged_with_its_learning_rate(corpora, tmp_path, monkeypatch):
+    seen, real = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: (seen.append(torch.initial_seed()), real(*args))[1])
+    train.main(flags(corpora, tmp_path, "--learning_rate=0.01", "--seed=5"))
+    assert seen == [5 * 1_000_003 + step for step in range(6)]
+    by_hand = [0.005, 0.01, 0.01, 0.00868198, 0.0055, 0.00231802]  # two steps up, then a cosine down to a tenth
+    assert [entry["lr"] for entry in log(tmp_path) if "lr" in entry] == pytest.approx(by_hand)
+
+
+def test_eval_only_takes_the_whole_split(trained, capsys):
+    whole = [entry["val_loss"] for entry in log(trained) if "val_loss" in entry][-1]
+    train.main([f"--out_dir={trained}", "--eval_only"])
+    assert f"val: loss {whole:.4f}" in capsys.readouterr().out
 
 
 def test_nan_names_the_step_and_the_last_good_checkpoint(corpora, tmp_path):
