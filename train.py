@@ -92,7 +92,7 @@ class Config:
     teacher: str = flag("", 'out_dir of the teacher\'s run; "": the one in init_from')
 
     batch_size: int = flag(16, "sequences per step over all processes", 1, 2**20, heading="Optimisation")
-    grad_accum: int = flag(1, "micro-batches that a step is cut into, to save memory; must divide batch_size", 1)
+    grad_accum: int = flag(1, "micro-batches of a step; must divide batch_size; the log has the last one's loads", 1)
     max_steps: int = flag(600, "optimizer steps", 1, 10**9)
     learning_rate: float = flag(4e-3, "peak; 2e-3 to 4e-3 for models as small as this, 1e-4 to 1e-3 for large", 1e-12)
     min_lr: float = flag(0.1, "final learning rate, as a share of the peak (nanoGPT's is absolute)", 0, 1)
