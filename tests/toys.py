@@ -9,9 +9,11 @@ import csv
 import functools
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -150,15 +152,16 @@ def gate_of(method, tasks, E, knobs, steps):
     return Permuted(gate, steps, knobs["search"]) if method.endswith("+") else gate
 
 
-def trial(method, seed, steps, tasks=8, E=4, D=12, H=4):
-    """One random configuration, trained: -> (validation, test) mean squared error at the best of five validations."""
+def trial(method, seed, steps, data=0, tasks=8, E=4, D=12, H=4):
+    """One random configuration, trained on data set `data`: -> (validation, test) mean squared error at the best of
+    five validations."""
     rng = random.Random(seed * 1009 + 7)
     knobs = dict(
         seed=seed, loss=10 ** rng.uniform(-5, -1), gamma=10 ** rng.uniform(-1, 1), search=rng.uniform(0.02, 0.3)
     )
     rate = 10 ** rng.uniform(-3, -1)
     torch.manual_seed(seed)
-    train, val, test = make_task(0, tasks, D)
+    train, val, test = make_task(data, tasks, D)
     gate = gate_of(method, tasks, E, knobs, steps)
     w1 = torch.nn.Parameter(torch.randn(E, D, H) / D**0.5)
     w2 = torch.nn.Parameter(torch.randn(E, H) / H**0.5)
@@ -191,38 +194,62 @@ def expected_best(results, s, draws=2000):
     return statistics.mean(min(rng.choices(results, k=s))[1] for _ in range(draws))
 
 
+METHODS = ["hash", "hash+", "topk", "topk+", "dselectk", "dselectk+", "comet", "comet+"]
+
+
+def trials_of(job):
+    """The (validation, test) errors of all trials of a method on a data set, from their file if they were done before."""
+    file, method, data, trials, steps = job
+    if not os.path.exists(file):
+        some = [trial(method, data * trials + i, steps, data) for i in range(trials)]
+        with open(file + ".partial", "w", newline="") as f:
+            csv.writer(f).writerows(some)
+        os.replace(file + ".partial", file)
+    with open(file, newline="") as f:
+        return [tuple(map(float, row)) for row in csv.reader(f)]
+
+
 def comet(a):
-    """Random search, the same number of trials for each method; how many does it need with and without local search?"""
-    trials, steps = (2, 5) if a.quick else (100, 400)
-    methods = ["hash", "hash+", "topk", "topk+", "dselectk", "dselectk+", "comet", "comet+"]
-    results = {
-        m: [r for r in (trial(m, seed, steps) for seed in range(trials)) if math.isfinite(r[0])] for m in methods
-    }
-    print(f"\n### comet: permutation search ({trials} trials of {steps} steps each; + is with local search)\n")
-    counts = [s for s in (1, 2, 5, 10, 20, 50, 100) if s <= trials]
-    print(
-        "| method | mean test error of the best 5 % by validation | "
-        + " | ".join(f"best of {s}" for s in counts)
-        + " |"
-    )
-    print("|---" * (len(counts) + 2) + "|")
-    rows = []
-    for m, found in results.items():
-        top = [test for _, test in sorted(found)[: max(1, len(found) // 20)]]
-        rows.append([m, statistics.mean(top), *(expected_best(found, s) for s in counts)])
-        print(f"| {m} | " + " | ".join(f"{v:.4f}" for v in rows[-1][1:]) + " |", flush=True)
-    by = {row[0]: row for row in rows}
-    for m in ("hash", "topk", "dselectk", "comet"):
-        target = expected_best(results[m], counts[-1])
-        need = next((s for s in range(1, trials + 1) if expected_best(results[m + "+"], s, 300) <= target), None)
-        says = f"reaches it with {need}" if need else f"does not reach it with {trials}"
-        print(f"{m}: the best of {counts[-1]} has {target:.4f}; {m}+ {says}")
-    better = [m for m in ("hash", "topk", "dselectk", "comet") if by[m + "+"][1] < by[m][1]]
-    print(f"\nverdict: local search lowers the error of the best 5 % for {', '.join(better) or 'none'} of the four")
-    write(a, "comet", ["method", "best 5 %", *(f"best of {s}" for s in counts)], rows)
+    """Random search, the same number of trials for each method; how many does it need with and without local search?
+    On --seeds data sets; the trials of each method on each set are kept in --out and not repeated."""
     import claims
 
-    lines = {m: [(s, *[expected_best(found, s)] * 3) for s in counts] for m, found in results.items()}
+    sets, trials, steps = (1, 2, 5) if a.quick else (a.seeds, 100, 400)
+    jobs = [
+        (os.path.join(a.out, f"comet-{m}-{data}-{trials}x{steps}.csv"), m, data, trials, steps)
+        for data in range(sets)
+        for m in METHODS
+    ]
+    each = {"initializer": torch.set_num_threads, "initargs": (a.threads,)}
+    with ProcessPoolExecutor(a.workers, multiprocessing.get_context("spawn"), **each) as pool:
+        done = [[e for e in found if math.isfinite(e[0])] for found in pool.map(trials_of, jobs)]
+    every = [dict(zip(METHODS, done[i : i + len(METHODS)])) for i in range(0, len(done), len(METHODS))]
+    print(f"\n### comet: permutation search ({sets} data sets, {trials} trials of {steps} steps each for every method; "
+          "+ is with local search)\n")  # fmt: skip
+    counts = [s for s in (1, 2, 5, 10, 20, 50, 100) if s <= trials]
+    head = ["method", "best 5 %", "each data set", *(f"best of {s}" for s in counts)]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    rows, best, curves = [], {}, {}
+    for m in METHODS:
+        top = [[test for _, test in sorted(results[m])[: max(1, len(results[m]) // 20)]] for results in every]
+        best[m] = {"test error of the best 5 % by validation": [statistics.mean(some) for some in top]}
+        curves[m] = [[expected_best(results[m], s) for results in every] for s in counts]
+        (errors,) = best[m].values()
+        means = [statistics.mean(some) for some in (errors, *curves[m])]
+        rows.append([m, f"{means[0]:.4f}", ", ".join(f"{e:.4f}" for e in errors), *(f"{v:.4f}" for v in means[1:])])
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    print()
+    for m in ("hash", "topk", "dselectk", "comet"):
+        need = []
+        for results in every:
+            target = expected_best(results[m], trials)
+            enough = (s for s in range(1, trials + 1) if expected_best(results[m + "+"], s, 300) <= target)
+            need.append(str(next(enough, "never")))
+        print(f"{m}: its best of {trials} is reached by {m}+ with so many trials: {', '.join(need)}")
+        says = claims.Claim("", {}, (m + "+", m), measures=best[m])
+        print(f"    {claims.verdict(says, best)}")
+    write(a, "comet", head, rows)
+    lines = {m: [(s, min(v), statistics.mean(v), max(v)) for s, v in zip(counts, curves[m])] for m in METHODS}
     claims.chart(os.path.join(a.out, "comet.svg"), "comet: expected best test error", lines, "trials", "mse")
 
 
