@@ -198,7 +198,7 @@ METHODS = ["hash", "hash+", "topk", "topk+", "dselectk", "dselectk+", "comet", "
 
 
 def trials_of(job):
-    """The (validation, test) errors of all trials of a method on a data set, from their file if they were done before."""
+    """The (validation, test) errors of all trials of a method on a data set; kept in a file, read from it if there."""
     file, method, data, trials, steps = job
     if not os.path.exists(file):
         some = [trial(method, data * trials + i, steps, data) for i in range(trials)]
