@@ -455,6 +455,18 @@ def test_capacity_and_groups(corpora, tmp_path):
     assert_close_run(tmp_path / "one", tmp_path / "many")
 
 
+def test_distillation_on_two_processes(corpora, tmp_path):
+    """mse and kl are shares of global means: logged and learned from as on one process."""
+    train.main(flags(corpora, tmp_path / "teacher", "--n_experts=1", objective="roberta"))
+    more = [f"--init_from={tmp_path / 'teacher'}", "--n_experts=4", "--gate=hash", "--distill=1", "--spawn=importance"]
+    more += ["--expert_hidden=16", "--spawn_ratio=0.5", "--grad_accum=2"]
+    run(flags(corpora, tmp_path / "many", *more, objective="roberta"), tmp_path, world=2)
+    train.main(flags(corpora, tmp_path / "one", *more, objective="roberta"))
+    assert_close_run(tmp_path / "one", tmp_path / "many")
+    one, many = ([(e["mse"], e["kl"]) for e in log(tmp_path / out) if "loss" in e] for out in ("one", "many"))
+    assert torch.tensor(one).allclose(torch.tensor(many), rtol=1e-4) and min(one[0]) > 0
+
+
 def test_resume_on_another_number_of_processes(corpora, tmp_path):
     """1 -> 2 -> 4 -> 1 processes, with a number of experts that is not the default."""
     argv = flags(corpora, tmp_path / "whole", "--n_experts=12", "--gate=topk", "--save_every=2", "--max_steps=8")
