@@ -41,10 +41,11 @@ def subsets(n, E, c):
 
 
 class Problem:
-    """n datapoints, E experts, c = n / E slots; skew: how much all datapoints prefer the same expert."""
+    """n datapoints, E experts, c = n / E slots; skew: how much all datapoints prefer the same expert. Router and
+    targets are drawn from the seed."""
 
-    def __init__(self, skew, n=6, E=3):
-        g = torch.Generator().manual_seed(3)
+    def __init__(self, skew, seed, n=6, E=3):
+        g = torch.Generator().manual_seed(seed)
         self.n, self.E, self.c = n, E, n // E
         theta = torch.randn(n, E, generator=g, dtype=torch.double) * 0.7
         theta[:, 0] += skew
@@ -83,17 +84,21 @@ class Problem:
         return torch.stack(Z), torch.stack(W), torch.full((draws,), 1 / draws, dtype=torch.double)
 
 
+SKEWS = (0.0, 0.75, 1.5)
+
+
 def unbiased(a):
-    """Bias and standard deviation of the gradient, relative to its norm, for a mild and a skewed router."""
+    """Bias and standard deviation of the gradient, relative to its norm, from an even router to a skewed one; on
+    --seeds problems."""
+    import claims
+
+    draws, problems = (20, range(3, 4)) if a.quick else (4000, range(3, 3 + a.seeds))
     print("\n### unbiased: skipping is unbiased and spreads less than balanced matching\n")
-    print(
-        "Bias (the length of mean - truth) and spread (root of the summed variance), as multiples of the true gradient."
-    )
-    print(
-        "Skipping and no capacity: exact, by enumeration. Matching: 4000 draws, so a bias below about 0.02 is noise.\n"
-    )
-    print("| estimator | baseline | bias, skew 0 | spread | bias, skew 1.5 | spread |\n|---|---|---|---|---|---|")
-    table, draws = [], 20 if a.quick else 4000
+    print(f"Bias (the length of mean - truth) and spread (root of the summed variance), as multiples of the true\n"
+          f"gradient; mean of {len(problems)} problems. Skipping and no capacity: exact, by enumeration. Matching:\n"
+          f"{draws} draws, so a bias below about 0.02 is noise.\n")  # fmt: skip
+    head = ["estimator", "baseline", *(f"{what}, skew {skew}" for skew in SKEWS for what in ("bias", "spread"))]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     kinds = {
         "no capacity": lambda p: (*p.samples()[:1], torch.ones(len(p.samples()[0]), p.n).double(), p.samples()[1]),
         "skipping, weighted": lambda p: p.skipping(True),
@@ -101,26 +106,30 @@ def unbiased(a):
         "matching, weighted": lambda p: p.matching(True, draws),
         "matching, unweighted": lambda p: p.matching(False, draws),
     }
+    table, found = [], {}  # found: (bias, spread) of each kind by problem and skew, with the exact mean as the baseline
     for name, sample in kinds.items():
-        rows = {"none": [name, "none"], "exact mean": [name, "exact mean"]}
-        for skew in (0.0, 1.5):
-            problem = Problem(skew)
+        some = {how: torch.zeros(len(problems), len(SKEWS), 2) for how in ("none", "exact mean")}
+        for (i, seed), (j, skew) in itertools.product(enumerate(problems), enumerate(SKEWS)):
+            problem = Problem(skew, seed)
             z, w, prob = sample(problem)
-            for how, row in rows.items():
+            for how, values in some.items():
                 g = problem.gradient(z, w, (problem.p * problem.loss).sum(1) if how != "none" else 0.0)
                 mean = (prob[:, None] * g).sum(0)
                 spread = (prob[:, None] * (g - mean) ** 2).sum().sqrt()
-                row += [float(t / problem.truth.norm()) for t in ((mean - problem.truth).norm(), spread)]
-        for row in rows.values():
-            table.append(row)
-            print(f"| {row[0]} | {row[1]} | " + " | ".join(f"{v:.3f}" for v in row[2:]) + " |", flush=True)
-    skip, match = table[3], table[7]  # weighted, with the exact mean as the baseline
-    print(
-        f"\nverdict: skipping {'is' if skip[2] < 1e-9 and skip[4] < 1e-9 else 'is NOT'} unbiased, exactly; its "
-        f"spread is "
-        f"{skip[3] / match[3]:.2f} of matching's at skew 0 and {skip[5] / match[5]:.2f} at skew 1.5"
-    )
-    write(a, "unbiased", ["estimator", "baseline", "bias 0", "spread 0", "bias 1.5", "spread 1.5"], table)
+                values[i, j] = torch.stack([(mean - problem.truth).norm(), spread]) / problem.truth.norm()
+        for how, values in some.items():
+            table.append([name, how, *(f"{v:.3f}" for v in values.mean(0).flatten().tolist())])
+            print(f"| {' | '.join(table[-1])} |", flush=True)
+        found[name] = values
+    skip, match = found["skipping, weighted"], found["matching, weighted"]
+    less = [", ".join(f"{v:.2f}" for v in column) for column in (skip[..., 1] / match[..., 1]).T.tolist()]
+    print(f"\nverdict: skipping {'is' if skip[..., 0].max() < 1e-9 else 'is NOT'} unbiased, exactly; its spread is "
+          + "; ".join(f"{some} of matching's at skew {skew}" for some, skew in zip(less, SKEWS)))  # fmt: skip
+    write(a, "unbiased", head, table)
+    lines = {m: [(x, min(v), statistics.mean(v), max(v)) for x, v in zip(SKEWS, error.norm(dim=2).T.tolist())]
+             for m, error in found.items()}  # fmt: skip
+    title = "unbiased: error of the gradient, as a multiple of its length"
+    claims.chart(os.path.join(a.out, "unbiased.svg"), title, lines, "skew of the router", "rms")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
