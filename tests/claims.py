@@ -458,6 +458,7 @@ def chosen(name, claim, methods):
 
 def one_seed(name, claim, seed, a, places):
     """All contestants of one seed, in order. -> {contestant: log}."""
+    import dist
     from data import files
 
     logs, places = {}, dict(places)
@@ -480,6 +481,11 @@ def one_seed(name, claim, seed, a, places):
             argv += [f"--out_dir={folder}", "--log_every=1", "--save_every=0", "--sample_tokens=1"]
             argv += [] if "--eval_every" in " ".join(argv) else ["--eval_every=0"]
             launch(argv, contestant, claim.patch, claim.ranks, a.threads)
+            state = dist.find(folder)[1]
+            if state["step"] < state["config"]["max_steps"]:  # Ctrl-C reaches it too, and it ends half-way in peace
+                raise SystemExit(
+                    f"claims: {folder} was stopped at step {state['step']}; the same command begins it again"
+                )
             log = read_log(os.path.join(folder, "log.jsonl"))
             with open(os.path.join(folder, "done"), "w") as f:
                 f.write(flags)
@@ -540,7 +546,9 @@ def verdict(claim, values):
     title = next(iter(claim.measures))
     differences = [x - y for x, y in zip(values[better][title], values[worse][title])]
     mean, n = statistics.mean(differences), len(differences)
-    error = statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    if n == 1:
+        return f"no significant difference from one seed: {title}, {better} - {worse}: {mean:+.4f}"
+    error = statistics.stdev(differences) / math.sqrt(n)
     gain = mean if claim.higher else -mean
     reach = T95.get(n, 2.26) * error  # for more than ten runs a little too strict
     says = "reproduced" if gain > reach else "the other way round" if gain < -reach else "no significant difference"
@@ -630,8 +638,8 @@ def main():
     names = [*CLAIMS, "unbiased", "comet", "phases"]
     parser.add_argument("claims", nargs="*", help="; ".join(names))
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="a minute, to see that it works")
-    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--quick", action="store_true", help="a minute or a few, to see that it works")
+    parser.add_argument("--seeds", type=positive, help="how many (3; with --quick 1)")
     parser.add_argument("--first", type=int, default=1337, help="the first seed")
     parser.add_argument("--methods", default="", help="regular expressions of contestants, with ; between them")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run")
@@ -642,6 +650,7 @@ def main():
         "--out", default="", help='folder of the runs; "": out-claims, and a name of its own for --flags'
     )
     a = parser.parse_args()
+    a.seeds = a.seeds or (1 if a.quick else 3)
     a.out = a.out or os.path.join(ROOT, "out-claims" + "-quick" * a.quick + re.sub(r"[^\w.=]+", "-", a.flags))
     if unknown := set(a.claims) - set(names):
         raise SystemExit(f"claims: {', '.join(sorted(unknown))} is unknown; there are: {', '.join(names)}")
@@ -655,11 +664,16 @@ def main():
         print(
             "unbiased             skipping is unbiased and has less variance than balanced matching, exactly "
             "enumerated\n"
-            "comet                permutation search finds better assignments with fewer trials"
+            "comet                permutation search finds better assignments with fewer trials\n"
+            "phases               (no claim: draws loss, bar and experts per token of an EvoMoE run, --log)"
         )
+    if a.quick:
+        print("--quick: a few steps, to see that it works; the numbers and verdicts mean nothing", flush=True)
     for name in a.claims:
         if name == "phases":
-            phases(a.log, os.path.join(os.path.dirname(a.log), "phases.svg"))
+            picture = os.path.join(os.path.dirname(a.log), "phases.svg")
+            phases(a.log, picture)
+            print(f"drawn: {picture}")
         elif name in ("unbiased", "comet"):
             import toys
 
@@ -669,4 +683,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("claims: interrupted; the same command goes on with what is missing") from None

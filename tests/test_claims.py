@@ -103,6 +103,18 @@ def test_a_run_on_two_processes_is_torchruns(monkeypatch):
     assert env["OMP_NUM_THREADS"] == "3" and env["CONTESTANT"] == "a"
 
 
+def test_a_stopped_run_is_not_taken_for_a_whole_one(options, corpora, monkeypatch):
+    """Ctrl-C reaches train.py too, which saves, says how to go on and exits with 0."""
+    options.flags += f" --dataset={corpora['gpt']}"
+    options.methods = "dropless"
+    capacity = lambda: claims.run_claim("capacity", claims.CLAIMS["capacity"], options)["dropless"]
+    with monkeypatch.context() as m:
+        m.setattr(train.dist, "stop_on_signals", lambda: ["SIGINT"])
+        with pytest.raises(SystemExit, match="was stopped at step 1; the same command begins it again"):
+            capacity()
+    assert [log[-1]["step"] for log in capacity()] == [4, 4]
+
+
 def test_every_causal_gate_takes_part():
     assert ["dense", *(name for name in router.gates() if name != "expertchoice")] == [
         *claims.CLAIMS["gates"].contestants
