@@ -9,8 +9,8 @@ Train a mixture-of-experts Transformer: the manual.
     python train.py --objective=translation --out_dir=out-translation       encoder-decoder
     torchrun --nproc_per_node=2 train.py --out_dir=out-2                    the first run on two processes
     python train.py --init_from=resume                  continue after Ctrl-C, a kill or a crash, bit for bit (CPU)
-    python train.py --sample="def __init__"             continue a prompt with the newest checkpoint
-    python train.py --eval_only                         held-out loss of the newest checkpoint
+    python train.py --sample="def __init__"             continue a prompt with the newest checkpoint in out/ (--out_dir)
+    python train.py --eval_only                         held-out loss of the newest checkpoint in out/
 
 Flags are the fields of Config below, always --name=value (a bare --flag means true); --help lists them.
 
@@ -112,8 +112,8 @@ class Config:
     save_every: int = flag(200, "steps between checkpoints; one is always written at the end", 0)
     out_dir: str = flag("out", "checkpoints and log")
     init_from: str = flag("scratch", "scratch; resume; out_dir of a dense run, or of a RoBERTa to tune; gpt2")
-    eval_only: bool = flag(False, "evaluate the newest checkpoint and leave")
-    sample: str = flag("", "a prompt for the newest checkpoint, then leave")
+    eval_only: bool = flag(False, "evaluate the newest checkpoint of out_dir and leave")
+    sample: str = flag("", "a prompt for the newest checkpoint of out_dir, then leave")
     sample_tokens: int = flag(120, "how much to sample", 0)
     temperature: float = flag(0.8, "of sampling; 0 is greedy", 0)
     top_k: int = flag(50, "sample from so many likeliest tokens; 0: all (experts per token: --k)", 0)
@@ -380,16 +380,17 @@ def say_what_to_expect(run):
 
 def finish(run, log, clock):
     """The end of a whole run: a sample, scores that are too slow to take on the way, and what one could do next."""
-    cfg = run.cfg
+    cfg, objective = run.cfg, run.objective
+    other = "1 (the dense model)" if cfg.n_experts > 1 else "8 (a mixture)"
     run.say(f"\ntrained in {minutes(clock.seconds())}; a sample:\n" + "-" * 80)
     with evaluating(run.model):
-        scores, text = run.objective.finish(run)
+        scores, text = objective.finish(run)
     if scores:
         log({"step": cfg.max_steps, "final": True} | scores)
     run.say(
         text + "\n" + "-" * 80 + f"\ncheckpoint and log are in {cfg.out_dir}/. Next: --out_dir={cfg.out_dir} "
-        '--sample="your prompt"; or, with an --out_dir of its own, another --gate, --n_experts=1 (the dense model), '
-        f"--max_steps={5 * cfg.max_steps}"
+        f'--sample="{objective.prompt}"; or, with --objective={cfg.objective} and an --out_dir of its own, '
+        f"another --gate, --n_experts={other}, --max_steps={5 * cfg.max_steps}"
     )
 
 
@@ -528,10 +529,12 @@ def assemble(cfg, state, mesh):
     run = Run(cfg, objective, mesh, model, optimizer, autocast, build, n_domains, phases, first=first, resumed=again)
     evomoe.set_step(mixture, cfg.max_steps, cfg)
     total, active = mixture.n_params()  # as the run will end
+    experts = "dense" if cfg.n_experts == 1 else f"{cfg.n_experts} experts ({cfg.gate})"
+    where = f", experts spread over {mesh.ep}" if cfg.n_experts > 1 and mesh.world > 1 else ""
     evomoe.set_step(model, objective.schedule_step(run.first), cfg)
     run.say(
         note + f"{cfg.objective} on {cfg.dataset}: {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M active per "
-        f"token, {cfg.n_experts} experts ({cfg.gate}), {mesh.world} process(es), {mesh.device.type}, {dtype}"
+        f"token, {experts}, {mesh.world} process(es){where}, {mesh.device.type}, {dtype}"
     )
     return run
 

@@ -42,7 +42,7 @@ def parse(argv, Config):
             raise ValueError(f"unknown argument {arg}{hint}; flags look like --name=value; see --help")
         kind = fields[name].type
         if not equals and kind is not bool:
-            raise ValueError(f"--{name} needs a value: --{name}=VALUE ({kind.__name__})")
+            raise ValueError(f"--{name} needs a value: --{name}=VALUE ({kind.__name__}), with = and no space")
         text = text if equals else "true"  # a bare --flag
         try:
             given[name] = WORDS[text.lower()] if kind is bool else kind(text)

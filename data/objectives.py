@@ -32,6 +32,7 @@ class Objective:
     causal     may a token not see later ones? Then gates that do are refused
     continues  name of the objective that this one fine-tunes, when --init_from names a run; None: it takes dense runs
     in_bytes   report bits per byte of the original text, too?
+    prompt     what --sample takes
     """
 
     defaults = {}
@@ -39,6 +40,7 @@ class Objective:
     causal = False
     continues = None
     in_bytes = False
+    prompt = "your prompt"
 
     def __init__(self, corpus, cfg):
         self.corpus, self.cfg, self.n_domains = corpus, cfg, len(corpus.domains("train"))
@@ -133,6 +135,7 @@ class MaskFilling(Objective):
     """RoBERTa: predict masked tokens from both sides."""
 
     defaults = dict(dataset="stdlib", gate="switch", n_layer=2, block_size=64, batch_size=64, max_steps=1000)
+    prompt = "your text with a <mask>"
 
     def __init__(self, corpus, cfg):
         super().__init__(corpus, cfg)
@@ -156,7 +159,7 @@ class Classification(MaskFilling):
     stands in the paper, on data that every Python has. Pre-training of 1000 steps does not pay here, not even with
     50 labelled passages; 5000 do with 200 and more (tests/RESULTS.md, "Pre-training with few labels")."""
 
-    continues = "roberta"
+    continues, prompt = "roberta", "your text"
     defaults = dict(dataset="stdlib/packages", gate="switch", n_layer=2, block_size=64, batch_size=64, dropout=0.1,
                     learning_rate=2e-3, warmup=50, max_steps=300, out_dir="out-classify")  # fmt: skip
 
@@ -200,7 +203,7 @@ class Classification(MaskFilling):
 class Translation(Objective):
     """Encoder-decoder translation of sentence pairs."""
 
-    kind, causal, in_bytes = "translation", True, True
+    kind, causal, in_bytes, prompt = "translation", True, True, "your sentence"
     defaults = dict(dataset="grammar", gate="switch", n_layer=2, block_size=64, batch_size=64, learning_rate=2e-3,
                     label_smoothing=0.1, max_steps=1200)  # fmt: skip
 
