@@ -495,6 +495,9 @@ def program(main, argv):
         if speaks_for(error):
             with suppress(OSError):  # a closed terminal
                 print(f"train.py: {line}", file=sys.stderr)
+        with suppress(RuntimeError):
+            if td.is_initialized():  # else, now and then, its threads abort the process (SIGABRT) instead of status 1
+                td.destroy_process_group()
         sys.exit(1)
     finally:
         try:
